@@ -1,0 +1,1 @@
+"""What both sides share: configuration, protocol, envelopes, adapters; no torch outside engine."""

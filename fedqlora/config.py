@@ -1,0 +1,235 @@
+"""RunConfig: everything a run is, from one TOML file; frozen, typed, validated once.
+
+The same sections travel to the sites inside signed instructions and are validated there
+again, so a field means one thing on both sides. A site's own rules live in `policy.toml`
+(client/policy.py) and are never mixed with these.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedqlora.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A frozen group of settings; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The base model, the same at every site."""
+
+    base: str = Field(min_length=1)
+    """A Hugging Face hub id (`google/flan-t5-base`) or the name of a folder under the
+    trainer's `--models`."""
+    quantization: Literal["nf4", "none"] = "nf4"
+    """`nf4`: 4-bit NormalFloat with double quantization (QLoRA, arXiv 2305.14314)."""
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """`auto`: bfloat16 where the device computes in it natively, float32 elsewhere."""
+
+
+class LoraConfig(Section):
+    """The trainable adapter (LoRA, arXiv 2106.09685), as PEFT defines it."""
+
+    rank: int = Field(default=8, ge=1, le=1024)
+    """Columns of B and rows of A in every target layer."""
+    alpha: float = Field(default=16.0, gt=0)
+    """The update is scaled by alpha/rank, or alpha/sqrt(rank) with rslora."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability of dropping an input of A while training."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of the modules that get an adapter (suffix match), or every linear layer but
+    the output head."""
+    rslora: bool = False
+    """Rank-stabilised scaling (arXiv 2312.03732)."""
+    dora: bool = False
+    """Weight-decomposed LoRA (arXiv 2402.09353)."""
+
+
+class TrainingConfig(Section):
+    """What one site does in one round. The optimizer starts fresh each round."""
+
+    steps: int = Field(default=10, ge=1)
+    """Optimizer steps per round and site."""
+    batch_examples: int = Field(default=16, ge=1)
+    """Examples per optimizer step."""
+    microbatch_tokens: int = Field(default=2048, ge=16)
+    """Largest number of tokens in one forward pass; a batch above it is accumulated."""
+    max_length: int = Field(default=512, ge=8)
+    """Longest example in tokens; the end of a longer prompt is kept, its start cut."""
+    packing: bool = True
+    """Lay examples end to end without padding where the architecture keeps them apart."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """One schedule over all rounds of the run: a round continues where the last ended."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Linear warm-up at the start of the run, in optimizer steps."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this norm over all trainable tensors."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+
+class DataConfig(Section):
+    """How a site splits its records."""
+
+    validation_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of patients (rows where no patient_id is given) held back for validation."""
+    validation_examples: int = Field(default=32, ge=0)
+    """At most this many validation examples are scored before each round's training;
+    0 scores none."""
+
+
+class FederationConfig(Section):
+    """Rounds and who must take part."""
+
+    rounds: int = Field(default=4, ge=1)
+    """Number of rounds."""
+    min_sites: int = Field(default=2, ge=1)
+    """A run starts, and a round counts, with at least so many sites."""
+    wait_seconds: float = Field(default=300.0, gt=0)
+    """How long the start waits for `min_sites`."""
+    expected_sites: int | None = Field(default=None, ge=1)
+    """Start at once when so many have joined; without it every registered site is awaited
+    for as long as `wait_seconds` allows."""
+    round_deadline_seconds: float = Field(default=1800.0, gt=0)
+    """A site whose reply comes later is named and left out of the round."""
+
+    @model_validator(mode="after")
+    def _order(self) -> FederationConfig:
+        if self.expected_sites is not None and self.expected_sites < self.min_sites:
+            raise ValueError(
+                "expected_sites is smaller than min_sites; raise it or lower min_sites"
+            )
+        return self
+
+
+class AggregationConfig(Section):
+    """How the sites' updates become one."""
+
+    method: Literal["fedavg"] = "fedavg"
+    """`fedavg`: weighted mean of A and of B (arXiv 1602.05629, for LoRA 2305.05644)."""
+    weighting: Literal["examples", "tokens", "uniform"] = "examples"
+    """A site's weight: training examples seen, completion tokens seen, or one."""
+    max_update_norm: float = Field(default=100.0, gt=0)
+    """An update whose L2 norm over all tensors exceeds this is refused."""
+
+
+class CodecConfig(Section):
+    """How adapters travel. The server always sends float32."""
+
+    update: Literal["bfloat16", "float32"] = "bfloat16"
+    """Encoding of the updates that sites send."""
+
+
+class EvaluationConfig(Section):
+    """Central evaluation on the held-out set of the evaluator service."""
+
+    enabled: bool = False
+    """Ask the evaluator for a score of the base model and after rounds."""
+    every_rounds: int = Field(default=1, ge=1)
+    """Evaluate after every so many rounds, and always after the last."""
+    max_examples: int | None = Field(default=None, ge=1)
+    """Score at most so many examples of each held-out file (the first, in file order)."""
+
+
+class RunConfig(Section):
+    """One run."""
+
+    name: str = Field(default="run", pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")
+    """Lower-case letters, digits and hyphens; part of the run folder's name."""
+    seed: int = Field(default=1, ge=0, lt=2**63)
+    """Seeds the adapter's start and, with site and round, the order of the data."""
+    model: ModelConfig
+    lora: LoraConfig = LoraConfig()
+    training: TrainingConfig = TrainingConfig()
+    data: DataConfig = DataConfig()
+    federation: FederationConfig = FederationConfig()
+    aggregation: AggregationConfig = AggregationConfig()
+    codec: CodecConfig = CodecConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def load_run(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """Read and validate a run's TOML.
+
+    Args:
+        path: the TOML file.
+        overrides: values by dotted key, such as `{"federation.rounds": 6}`, that win over
+            the file.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, or a key or value is wrong.
+    """
+    values = read_toml(path)
+    for dotted, value in (overrides or {}).items():
+        *parents, leaf = dotted.split(".")
+        table = values
+        for parent in parents:
+            table = table.setdefault(parent, {})
+        table[leaf] = value
+    return validate(RunConfig, values, str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file, or raise ConfigError in one sentence."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; name an existing TOML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); check the file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}; correct that line") from None
+
+
+def validate(section: type[SectionT], values: dict[str, Any], where: str) -> SectionT:
+    """Build a section from plain values.
+
+    Args:
+        section: the class to build.
+        values: what a TOML or JSON parser gave.
+        where: the file's name, for the message.
+
+    Raises:
+        ConfigError: names the first wrong key, and the nearest known one if it is unknown.
+    """
+    try:
+        return section.model_validate(values, strict=False)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        if first["type"] == "extra_forbidden":
+            known = _keys_at(section, first["loc"][:-1])
+            near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"{where}: {key} is not a known key; {hint}") from None
+        if first["type"] == "missing":
+            raise ConfigError(f"{where}: {key} is missing; add it") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{where}: {key} is wrong: {reason[:1].lower()}{reason[1:]}") from None
+
+
+def _keys_at(section: type[Section], location: tuple[int | str, ...]) -> list[str]:
+    """The known keys of the (nested) section at a pydantic error location."""
+    for part in location:
+        field = section.model_fields.get(str(part))
+        if field is None or not (
+            isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        ):
+            return []
+        section = field.annotation
+    return list(section.model_fields)

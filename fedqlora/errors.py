@@ -1,0 +1,81 @@
+"""Every error that a user of fedqlora can meet.
+
+    FedqloraError            exit code 1: one sentence that says what, where and what to do
+    ├── ConfigError          a run's TOML, a policy or a command line is wrong (exit code 2)
+    ├── DataError            a site's data file cannot be used
+    ├── ModelError           a base model or an adapter on it cannot be used
+    ├── EnvelopeError        a signed message is not what it claims to be
+    │   ├── SignatureError   wrong key, wrong addressee or altered bytes
+    │   ├── ReplayError      older than the newest instruction of its run
+    │   └── VersionError     the two sides speak different protocol versions
+    ├── PolicyRefusal        the site's policy forbids it; `rule` names the rule
+    ├── UpdateError          a site's update has a wrong name, shape, range or digest
+    ├── CheckpointError      a run folder cannot be written or read
+    └── FederationError      sites, SuperLink or trainer are missing or too late
+
+A message is one sentence of plain text: what is wrong, where, and the next action. Foreign
+errors are mapped to these at the seam where they appear. No message holds a record's text.
+"""
+
+from __future__ import annotations
+
+
+class FedqloraError(Exception):
+    """Base of all errors that are meant to be shown to a person."""
+
+    exit_code = 1
+
+
+class ConfigError(FedqloraError):
+    """A configuration file or a command line is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class DataError(FedqloraError):
+    """A data file cannot be used; names file, line and column, never the text."""
+
+
+class ModelError(FedqloraError):
+    """A base model cannot be loaded, or cannot carry the configured adapter."""
+
+
+class EnvelopeError(FedqloraError):
+    """A signed message is not what it claims to be."""
+
+
+class SignatureError(EnvelopeError):
+    """The signature, the sender, the addressee or the payload digest does not fit."""
+
+
+class ReplayError(EnvelopeError):
+    """The message is older than the newest one accepted for its run."""
+
+
+class VersionError(EnvelopeError):
+    """The two sides speak different versions of the protocol."""
+
+
+class PolicyRefusal(FedqloraError):
+    """The site's policy forbids the instruction.
+
+    Args:
+        rule: the key in `policy.toml` that was broken, such as `limits.rank`.
+        message: one sentence that says what was asked and what is allowed.
+    """
+
+    def __init__(self, rule: str, message: str) -> None:
+        super().__init__(message)
+        self.rule = rule
+
+
+class UpdateError(FedqloraError):
+    """A site's update does not match the adapter that was sent out, or is out of range."""
+
+
+class CheckpointError(FedqloraError):
+    """A run folder cannot be written or read."""
+
+
+class FederationError(FedqloraError):
+    """Sites, SuperLink or trainer are missing, unreachable or too late."""

@@ -1,0 +1,171 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    KIND_UNSPECIFIED: _ClassVar[Kind]
+    DESCRIBE: _ClassVar[Kind]
+    TRAIN: _ClassVar[Kind]
+    EVALUATE: _ClassVar[Kind]
+    DESCRIPTION: _ClassVar[Kind]
+    UPDATE: _ClassVar[Kind]
+    EVALUATION: _ClassVar[Kind]
+    REFUSAL: _ClassVar[Kind]
+KIND_UNSPECIFIED: Kind
+DESCRIBE: Kind
+TRAIN: Kind
+EVALUATE: Kind
+DESCRIPTION: Kind
+UPDATE: Kind
+EVALUATION: Kind
+REFUSAL: Kind
+
+class Envelope(_message.Message):
+    __slots__ = ("header", "signature", "payload")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    header: bytes
+    signature: bytes
+    payload: bytes
+    def __init__(self, header: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class Header(_message.Message):
+    __slots__ = ("version", "run", "round", "site", "kind", "issued", "payload_digest", "replies_to")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    ISSUED_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    REPLIES_TO_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    run: str
+    round: int
+    site: str
+    kind: Kind
+    issued: int
+    payload_digest: bytes
+    replies_to: bytes
+    def __init__(self, version: _Optional[int] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., site: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., issued: _Optional[int] = ..., payload_digest: _Optional[bytes] = ..., replies_to: _Optional[bytes] = ...) -> None: ...
+
+class Tensors(_message.Message):
+    __slots__ = ("encoding", "data")
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    encoding: str
+    data: bytes
+    def __init__(self, encoding: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Describe(_message.Message):
+    __slots__ = ("config",)
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    config: str
+    def __init__(self, config: _Optional[str] = ...) -> None: ...
+
+class Train(_message.Message):
+    __slots__ = ("config", "adapter")
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    config: str
+    adapter: Tensors
+    def __init__(self, config: _Optional[str] = ..., adapter: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
+
+class Evaluate(_message.Message):
+    __slots__ = ("config", "adapter")
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    config: str
+    adapter: Tensors
+    def __init__(self, config: _Optional[str] = ..., adapter: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
+
+class TensorShape(_message.Message):
+    __slots__ = ("name", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Description(_message.Message):
+    __slots__ = ("base_digest", "family", "tensors", "given", "software")
+    class SoftwareEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    FAMILY_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    GIVEN_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_FIELD_NUMBER: _ClassVar[int]
+    base_digest: str
+    family: str
+    tensors: _containers.RepeatedCompositeFieldContainer[TensorShape]
+    given: Tensors
+    software: _containers.ScalarMap[str, str]
+    def __init__(self, base_digest: _Optional[str] = ..., family: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[TensorShape, _Mapping]]] = ..., given: _Optional[_Union[Tensors, _Mapping]] = ..., software: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class Update(_message.Message):
+    __slots__ = ("delta", "examples", "tokens", "metrics")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    delta: Tensors
+    examples: int
+    tokens: int
+    metrics: _containers.ScalarMap[str, float]
+    def __init__(self, delta: _Optional[_Union[Tensors, _Mapping]] = ..., examples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class Scores(_message.Message):
+    __slots__ = ("values",)
+    class ValuesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.ScalarMap[str, float]
+    def __init__(self, values: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class Evaluation(_message.Message):
+    __slots__ = ("subsets",)
+    class SubsetsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Scores
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Scores, _Mapping]] = ...) -> None: ...
+    SUBSETS_FIELD_NUMBER: _ClassVar[int]
+    subsets: _containers.MessageMap[str, Scores]
+    def __init__(self, subsets: _Optional[_Mapping[str, Scores]] = ...) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("code", "rule", "sentence")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    SENTENCE_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    rule: str
+    sentence: str
+    def __init__(self, code: _Optional[str] = ..., rule: _Optional[str] = ..., sentence: _Optional[str] = ...) -> None: ...
