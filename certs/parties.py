@@ -1,0 +1,147 @@
+"""The folder of each party: SuperLink, coordinator, evaluator and site.
+
+Every folder is whole when it appears and can be handed out or mounted alone. Each `make_`
+function writes one and returns the line that says what was made, where and until when.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+
+from certs.authority import Authority, issue_server, issue_site
+from certs.files import (
+    encode_certificates,
+    encode_key,
+    encode_public,
+    read_signing_key,
+    read_supernode_key,
+    read_tls_key,
+    write_folder,
+)
+from certs.names import list_names
+from certs.roster import SiteKeys, encode_signing, encode_supernode, encode_tls
+
+
+def list_sites(out: Path) -> list[str]:
+    """Return the names of the sites whose keys are in `out`, sorted."""
+    if not (out / "sites").is_dir():
+        return []
+    return sorted(
+        one.name
+        for one in (out / "sites").iterdir()
+        # A folder with a dot is one that an interrupted call did not finish.
+        if one.is_dir() and not one.name.startswith(".")
+    )
+
+
+def read_site_keys(folder: Path) -> SiteKeys:
+    """Return the public keys of the site whose key files are in `folder`.
+
+    Raises:
+        CertificateError: a key is missing or cannot be read.
+    """
+    return SiteKeys(
+        signing=encode_signing(read_signing_key(folder / "signing.key").public_key()),
+        supernode=encode_supernode(read_supernode_key(folder / "supernode.key").public_key()),
+        tls=encode_tls(read_tls_key(folder / "client.key").public_key()),
+    )
+
+
+def make_superlink(
+    out: Path, authority: Authority, hosts: Sequence[str], now: datetime.datetime
+) -> str:
+    """Make the SuperLink's TLS key and certificate.
+
+    `ca.crt` is what it trusts in its clients, the sites authority alone; `root.crt` is what
+    processes beside it (SuperExec, the `flwr` command) have to trust in it.
+
+    Raises:
+        CertificateError: the folder cannot be written.
+    """
+    key = ec.generate_private_key(ec.SECP256R1())
+    leaf = issue_server(authority.server, key.public_key(), hosts, now)
+    files = {
+        "server.key": encode_key(key),
+        "server.crt": encode_certificates(leaf, authority.server.certificate),
+        "ca.crt": encode_certificates(authority.sites.certificate),
+        "root.crt": encode_certificates(authority.root),
+    }
+    write_folder(out / "superlink", files, versioned=True)
+    return (
+        f"superlink: {out / 'superlink'}, {', '.join(list_names(leaf))}, "
+        f"until {name_day(leaf.not_valid_after_utc)}"
+    )
+
+
+def make_coordinator(out: Path) -> str:
+    """Make the key that signs instructions and the roster.
+
+    Raises:
+        CertificateError: the folder cannot be written.
+    """
+    key = ed25519.Ed25519PrivateKey.generate()
+    write_folder(out / "coordinator", {"signing.key": encode_key(key)})
+    return f"coordinator: {out / 'coordinator'}, signing key"
+
+
+def make_evaluator(out: Path, coordinator: ed25519.Ed25519PublicKey) -> str:
+    """Make the key that signs central evaluations, beside the key that checks instructions.
+
+    Raises:
+        CertificateError: the folder cannot be written.
+    """
+    files = {
+        "signing.key": encode_key(ed25519.Ed25519PrivateKey.generate()),
+        "coordinator.pub": encode_public(coordinator),
+    }
+    write_folder(out / "evaluator", files)
+    return f"evaluator: {out / 'evaluator'}, signing key"
+
+
+def make_site(
+    out: Path,
+    site: str,
+    authority: Authority,
+    coordinator: ed25519.Ed25519PublicKey,
+    now: datetime.datetime,
+) -> str:
+    """Make a site's three keys, its TLS certificate and what it trusts.
+
+    `ca.crt` is what it trusts in the SuperLink, the root; `coordinator.pub` is the key that
+    instructions must be signed with.
+
+    Raises:
+        CertificateError: the folder cannot be written.
+    """
+    client = ec.generate_private_key(ec.SECP256R1())
+    # Flower makes its own SuperNode keys on P-384; OpenSSH is the format that it reads.
+    supernode = ec.generate_private_key(ec.SECP384R1())
+    leaf = issue_site(authority.sites, client.public_key(), site, now)
+    files = {
+        "client.key": encode_key(client),
+        "client.crt": encode_certificates(leaf, authority.sites.certificate),
+        "ca.crt": encode_certificates(authority.root),
+        "signing.key": encode_key(ed25519.Ed25519PrivateKey.generate()),
+        "supernode.key": supernode.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.OpenSSH,
+            serialization.NoEncryption(),
+        ),
+        "supernode.pub": encode_supernode(supernode.public_key()).encode("ascii") + b"\n",
+        "coordinator.pub": encode_public(coordinator),
+    }
+    write_folder(out / "sites" / site, files, versioned=True)
+    return (
+        f"site {site}: {out / 'sites' / site}, keys for TLS, SuperNode and signing, "
+        f"until {name_day(leaf.not_valid_after_utc)}"
+    )
+
+
+def name_day(moment: datetime.datetime) -> str:
+    """Return the day of a moment as people read it in a listing, in UTC."""
+    return moment.astimezone(datetime.UTC).date().isoformat()
