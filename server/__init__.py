@@ -1,0 +1,1 @@
+"""The coordinating centre: SuperLink, rounds, aggregation, evaluator, run folder."""

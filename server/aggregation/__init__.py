@@ -1,0 +1,1 @@
+"""Aggregation: how the sites' updates become one, a method a file."""

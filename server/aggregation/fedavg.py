@@ -1,0 +1,81 @@
+"""FedAvg over A and B: the weighted mean of the sites' deltas.
+
+McMahan et al., arXiv 1602.05629; for LoRA factors FedIT, arXiv 2305.05644. The mean of A
+and the mean of B are not the factors of the mean product; see docs/adr for what follows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedqlora.adapter import Adapter, FloatArray
+from fedqlora.errors import UpdateError
+
+# 32 fraction bits: an absolute error below 1.2e-10 in a delta, with room for a total weight
+# times largest value of 2**31.
+FRACTION_BITS = 32
+_LIMIT = 2**62
+
+
+class FedAvg:
+    """Folds deltas in one at a time; memory does not grow with the number of sites.
+
+    Sums are int64 fixed point: integer addition is associative, so the order in which
+    replies arrive cannot change a single bit of the result.
+
+    Args:
+        adapter: the round's starting point.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+        self._sums = {name: np.zeros(a.shape, dtype=np.int64) for name, a in adapter.items()}
+        self._weight = 0
+        self._bound = 0
+
+    def add(self, delta: Adapter, weight: int) -> None:
+        """Fold in one site's delta.
+
+        Args:
+            delta: validated update, shaped like the adapter.
+            weight: positive integer.
+
+        Raises:
+            UpdateError: the weight is not positive, or the sum would leave int64; nothing
+                was folded in.
+        """
+        if weight < 1:
+            raise UpdateError(f"an update has weight {weight}; it needs at least one example")
+        largest = max((float(np.abs(v).max(initial=0)) for v in delta.values()), default=0.0)
+        bound = self._bound + weight * (int(largest * 2**FRACTION_BITS) + 1)
+        if bound >= _LIMIT:
+            raise UpdateError(
+                f"an update's largest value {largest:.3g} times weight {weight} is out of range"
+            )
+        for name, total in self._sums.items():
+            _fold(total, delta[name], weight)
+        self._weight += weight
+        self._bound = bound
+
+    def finish(self) -> Adapter:
+        """The next adapter: the starting point plus the weighted mean delta.
+
+        Raises:
+            UpdateError: nothing was folded in.
+        """
+        if self._weight == 0:
+            raise UpdateError("no update was folded in; a round needs at least one")
+        scale = 2.0**FRACTION_BITS * self._weight
+        return {
+            name: (value + self._sums[name] / scale).astype(np.float32)
+            for name, value in self._adapter.items()
+        }
+
+
+def _fold(
+    total: np.ndarray[tuple[int, ...], np.dtype[np.int64]], delta: FloatArray, weight: int
+) -> None:
+    """Total += weight * fixed_point(delta), in place."""
+    fixed = np.multiply(delta, 2.0**FRACTION_BITS, dtype=np.float64)
+    np.rint(fixed, out=fixed)
+    total += fixed.astype(np.int64) * weight

@@ -1,0 +1,83 @@
+"""The ServerApp: opens the run folder that the submission names and runs it to its end.
+
+The SuperExec that starts this process provides, in its environment:
+
+    FEDQLORA_RUNS              folder of run folders
+    FEDQLORA_COORDINATOR       folder with signing.key and the signed roster
+    FEDQLORA_EVALUATOR_SOCKET  socket of the evaluator, where the run wants scores
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from certs.files import CertificateError
+from certs.roster import Roster, read_roster
+from fedqlora.config import RunConfig
+from fedqlora.errors import ConfigError, FedqloraError
+from fedqlora.keys import load_signing_key, public_key
+from server.checkpoint import RunFolder
+from server.evaluation import Evaluator
+from server.exchange import Exchange
+from server.rounds import federate
+
+log = logging.getLogger("server")
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run or resume the run folder named by the run-config key `run`."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    folder = RunFolder(Path(_environment("FEDQLORA_RUNS")) / str(context.run_config["run"]))
+    try:
+        _run(folder, grid)
+    except FedqloraError as error:
+        folder.set_status("failed", error=str(error))
+        log.error("run %s failed: %s", folder.name, error)
+        raise
+    except Exception as error:
+        folder.set_status("failed", error=f"internal error: {type(error).__name__}; see the log")
+        raise
+
+
+def _run(folder: RunFolder, grid: Grid) -> None:
+    folder.set_status("running", round=0)
+    config = folder.config()
+    coordinator = Path(_environment("FEDQLORA_COORDINATOR"))
+    key = load_signing_key(coordinator / "signing.key")
+    try:
+        roster = read_roster(coordinator, key.public_key())
+    except CertificateError as error:
+        raise ConfigError(str(error)) from None
+    newest = folder.latest()
+    exchange = Exchange(
+        grid,
+        key,
+        {name: public_key(keys.signing) for name, keys in roster.sites.items()},
+        folder.name,
+        newest.issued if newest else 0,
+    )
+    evaluator = _evaluator(config, roster, exchange)
+    checkpoint = federate(folder, exchange, len(roster.sites), evaluator)
+    folder.set_status("finished", round=checkpoint.round)
+
+
+def _evaluator(config: RunConfig, roster: Roster, exchange: Exchange) -> Evaluator | None:
+    if not config.evaluation.enabled:
+        return None
+    socket = Path(_environment("FEDQLORA_EVALUATOR_SOCKET"))
+    return Evaluator(socket, public_key(roster.evaluator), exchange.sign)
+
+
+def _environment(name: str) -> str:
+    value = os.environ.get(name)
+    if not value:
+        raise ConfigError(f"environment variable {name} is not set; start SuperExec with it")
+    return value

@@ -1,0 +1,196 @@
+"""The run folder: configuration as run, versions, one checkpoint per round, metrics, result.
+
+    runs/icd10-20260301-101500-1f3a/
+      config.json        the whole configuration, defaults included
+      versions.json      what it ran on
+      status.json        running, finished or failed, with the reason
+      metrics.jsonl      one line per event (metrics.py)
+      rounds/0003/       adapter.safetensors and state.json, written atomically
+      adapter/           the newest adapter in PEFT's own format
+
+A resumed run starts from the highest round folder; nothing else is needed of the past.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.numpy
+
+from fedqlora.adapter import Adapter
+from fedqlora.config import RunConfig, validate
+from fedqlora.errors import CheckpointError
+from fedqlora.files import sync_folder, write_durably
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What all sites agreed on in round 0, and the run's issue numbers.
+
+    Attributes:
+        base_digest: digest of the base model.
+        family: `causal` or `seq2seq`.
+    """
+
+    base_digest: str
+    family: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Everything that the next round needs.
+
+    Attributes:
+        round: finished rounds; 0 is the untrained adapter.
+        adapter: the aggregated adapter after that round.
+        origin: what the sites agreed on.
+        issued: highest issue number used so far.
+    """
+
+    round: int
+    adapter: Adapter
+    origin: Origin
+    issued: int
+
+
+class RunFolder:
+    """An existing run folder.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        CheckpointError: it is not a run folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{path} is not a run folder; name one under runs/")
+
+    @classmethod
+    def create(cls, runs: Path, config: RunConfig) -> RunFolder:
+        """Make a new folder for a run, named after the run and the time.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        path = runs / f"{config.name}-{stamp}-{secrets.token_hex(2)}"
+        try:
+            (path / "rounds").mkdir(parents=True)
+            write_durably(path / "config.json", config.model_dump_json(indent=2).encode() + b"\n")
+        except OSError as error:
+            shutil.rmtree(path, ignore_errors=True)
+            raise _unwritable(path, error) from None
+        return cls(path)
+
+    @property
+    def name(self) -> str:
+        """The run's name in every envelope: no two folders share it."""
+        return self.path.name
+
+    def config(self) -> RunConfig:
+        """The configuration as run.
+
+        Raises:
+            CheckpointError: the file does not parse.
+            ConfigError: it was written by a release with other keys.
+        """
+        return validate(RunConfig, self._read_json("config.json"), str(self.path / "config.json"))
+
+    def set_status(self, status: str, **facts: str | int) -> None:
+        """Write status.json: running, finished or failed."""
+        self.write_json("status.json", {"status": status, **facts})
+
+    def status(self) -> dict[str, Any]:
+        """The newest status; `new` before the run's first start."""
+        if not (self.path / "status.json").is_file():
+            return {"status": "new"}
+        return self._read_json("status.json")
+
+    def write_json(self, name: str, content: object) -> None:
+        """Write a JSON file of the run folder atomically.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        try:
+            write_durably(self.path / name, json.dumps(content, indent=2).encode() + b"\n")
+        except OSError as error:
+            raise _unwritable(self.path / name, error) from None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a round's checkpoint: afterwards either all of it is there or nothing.
+
+        Raises:
+            CheckpointError: it cannot be written (out of disk, say); earlier rounds stay.
+        """
+        final = self._round(checkpoint.round)
+        temporary = final.with_name(f".{final.name}.new")
+        state = {
+            "round": checkpoint.round,
+            "issued": checkpoint.issued,
+            "origin": asdict(checkpoint.origin),
+        }
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write_durably(
+                temporary / "adapter.safetensors", safetensors.numpy.save(checkpoint.adapter)
+            )
+            write_durably(temporary / "state.json", json.dumps(state, indent=2).encode() + b"\n")
+            temporary.replace(final)
+            sync_folder(final.parent)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise _unwritable(final, error) from None
+
+    def latest(self) -> Checkpoint | None:
+        """The checkpoint of the highest finished round; None before round 0.
+
+        Raises:
+            CheckpointError: that checkpoint cannot be read.
+        """
+        finished = sorted((self.path / "rounds").glob("[0-9][0-9][0-9][0-9]"))
+        if not finished:
+            return None
+        try:
+            adapter = safetensors.numpy.load_file(finished[-1] / "adapter.safetensors")
+            state = json.loads((finished[-1] / "state.json").read_text())
+            return Checkpoint(
+                round=state["round"],
+                adapter=adapter,
+                origin=Origin(**state["origin"]),
+                issued=state["issued"],
+            )
+        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
+            raise CheckpointError(
+                f"{finished[-1]} is damaged; remove that folder to resume from the round before"
+            ) from None
+
+    def _round(self, number: int) -> Path:
+        return self.path / "rounds" / f"{number:04d}"
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        try:
+            content = json.loads((self.path / name).read_text())
+        except (OSError, ValueError):
+            content = None
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{self.path / name} cannot be read; restore it from a backup")
+        return content
+
+
+def _unwritable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be written ({error.strerror}); free space or correct its owner, "
+        f"then `make resume RUN=...` continues"
+    )

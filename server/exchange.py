@@ -1,0 +1,179 @@
+"""Exchange: one signed instruction to each of some sites, verified replies as they arrive.
+
+The only place that talks to Flower's Grid. Flower's own `send_and_receive` polls every 3 s
+and holds all replies until the last; this one polls faster and hands over one at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedqlora import protocol_pb2 as pb
+from fedqlora.envelope import (
+    ANY_SITE,
+    Verified,
+    claimed_header,
+    instruction_digest,
+    sign,
+    verify_reply,
+)
+from fedqlora.errors import EnvelopeError, SignatureError
+
+log = logging.getLogger("server")
+
+POLL_SECONDS = 0.25
+LATE = "late"
+LOST = "lost"
+REFUSED = "refused"
+INVALID = "invalid"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What came back from one node.
+
+    Attributes:
+        node: Flower's node id.
+        site: the site asked, or "*" where it is not known yet.
+        reply: the verified reply; None if `failure` says why there is none.
+        failure: "" or one of late, lost, refused, invalid.
+        reason: one sentence about the failure.
+        sent_bytes: size of the instruction.
+        received_bytes: size of the reply.
+    """
+
+    node: int
+    site: str
+    reply: Verified | None = None
+    failure: str = ""
+    reason: str = ""
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+
+class Exchange:
+    """Signs instructions of one run and verifies the replies.
+
+    Args:
+        grid: Flower's connection to the nodes.
+        key: the coordinator's signing key.
+        sites: each site's public signing key, from the roster.
+        run: the run's name in every envelope.
+        issued: the highest issue number that this run has used before.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        key: Ed25519PrivateKey,
+        sites: Mapping[str, Ed25519PublicKey],
+        run: str,
+        issued: int,
+    ) -> None:
+        self._grid = grid
+        self._key = key
+        self._sites = sites
+        self._run = run
+        self.issued = issued
+
+    def nodes(self) -> set[int]:
+        """Nodes that are connected now."""
+        return set(self._grid.get_node_ids())
+
+    def sign(self, kind: pb.Kind, site: str, round_: int, payload: bytes) -> bytes:
+        """Sign an instruction with the next issue number."""
+        # A clock makes numbers grow across restarts, the counter when the clock does not.
+        self.issued = max(time.time_ns(), self.issued + 1)
+        return sign(
+            self._key,
+            run=self._run,
+            round_=round_,
+            site=site,
+            kind=kind,
+            issued=self.issued,
+            payload=payload,
+        )
+
+    def ask(
+        self,
+        addressees: Mapping[int, str],
+        kind: pb.Kind,
+        round_: int,
+        payload: bytes,
+        deadline_seconds: float,
+    ) -> Iterator[Answer]:
+        """Send one instruction to each node and yield an answer for every one of them.
+
+        Args:
+            addressees: node id -> site name, or "*" for a node not known yet.
+            kind: DESCRIBE or TRAIN.
+            round_: the round.
+            payload: the serialized instruction, the same for all.
+            deadline_seconds: nodes that have not answered by then yield a `late` answer.
+        """
+        deadline = time.monotonic() + deadline_seconds
+        pending: dict[str, tuple[int, str, bytes, int]] = {}
+        for node, site in addressees.items():
+            envelope = self.sign(kind, site, round_, payload)
+            digest = instruction_digest(envelope)
+            array = Array(np.frombuffer(envelope, dtype=np.uint8))
+            content = RecordDict({"envelope": ArrayRecord({"envelope": array})})
+            message = Message(content, node, "query", ttl=deadline_seconds + 60)
+            identifiers = [name for name in self._grid.push_messages([message]) if name]
+            if not identifiers:
+                yield Answer(
+                    node=node, site=site, failure=LOST, reason="SuperLink refused the message"
+                )
+                continue
+            pending[identifiers[0]] = (node, site, digest, len(envelope))
+        while pending:
+            for identifier, (node, site, digest, size) in list(pending.items()):
+                # One id at a time: a pull of all would hold all their replies in memory.
+                for message in self._grid.pull_messages([identifier]):
+                    del pending[identifier]
+                    yield self._open(message, node, site, digest, size)
+            if pending and time.monotonic() > deadline:
+                break
+            if pending:
+                time.sleep(POLL_SECONDS)
+        for node, site, _, size in pending.values():
+            reason = f"no reply within {deadline_seconds:g} s"
+            yield Answer(node=node, site=site, failure=LATE, reason=reason, sent_bytes=size)
+
+    def _open(self, message: Message, node: int, site: str, digest: bytes, size: int) -> Answer:
+        """Verify one reply message."""
+        if message.has_error():
+            reason = f"Flower error {message.error.code}: {str(message.error.reason)[:200]}"
+            return Answer(node=node, site=site, failure=LOST, reason=reason, sent_bytes=size)
+        try:
+            data = message.content.array_records["envelope"]["envelope"].numpy().tobytes()
+            signer = site if site != ANY_SITE else claimed_header(data).site
+            if signer not in self._sites:
+                raise SignatureError(
+                    f"no site named {signer[:40]} is in the roster; admit it first"
+                )
+            reply = verify_reply(data, self._sites[signer], site=signer, instruction=digest)
+        except (EnvelopeError, KeyError, ValueError) as error:
+            reason = (
+                str(error) if isinstance(error, EnvelopeError) else "the reply is not an envelope"
+            )
+            log.warning("reply from %s refused: %s", site, reason)
+            return Answer(node=node, site=site, failure=INVALID, reason=reason, sent_bytes=size)
+        answer = Answer(
+            node=node, site=signer, reply=reply, sent_bytes=size, received_bytes=len(data)
+        )
+        if reply.header.kind == pb.REFUSAL:
+            refusal = pb.Refusal.FromString(reply.payload)
+            reason = f"{refusal.code}: {refusal.sentence}"
+            return Answer(
+                node=node, site=signer, reply=None, failure=REFUSED, reason=reason, sent_bytes=size
+            )
+        return answer

@@ -1,0 +1,80 @@
+"""The finished adapter in PEFT's own format, written without torch.
+
+PEFT loads it with `PeftModel.from_pretrained(base, folder)`: a configuration file and the
+tensors under the names that they had all along.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import safetensors.numpy
+
+from fedqlora.config import RunConfig
+from fedqlora.errors import CheckpointError
+from fedqlora.files import write_durably
+from server.checkpoint import Checkpoint
+
+_TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
+
+
+def write_adapter(folder: Path, config: RunConfig, checkpoint: Checkpoint) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, both or neither.
+
+    Args:
+        folder: replaced if it exists.
+        config: the run.
+        checkpoint: whose adapter to write.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}.new")
+    settings = json.dumps(peft_config(config, checkpoint), indent=2).encode() + b"\n"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write_durably(temporary / "adapter_config.json", settings)
+        write_durably(
+            temporary / "adapter_model.safetensors",
+            # transformers refuses a file that does not name the framework of its layout.
+            safetensors.numpy.save(checkpoint.adapter, metadata={"format": "pt"}),
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"{folder} cannot be written ({error.strerror}); free space, then resume the run"
+        ) from None
+
+
+def peft_config(config: RunConfig, checkpoint: Checkpoint) -> dict[str, object]:
+    """PEFT's configuration of this adapter (LoraConfig of peft 0.21)."""
+    lora = config.lora
+    return {
+        "peft_type": "LORA",
+        "task_type": _TASKS[checkpoint.origin.family],
+        "base_model_name_or_path": config.model.base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted(_modules(checkpoint)),
+        "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def _modules(checkpoint: Checkpoint) -> set[str]:
+    """Last names of the modules that carry an adapter, such as q_proj."""
+    ending = ".lora_A.weight"
+    return {
+        name.removesuffix(ending).rsplit(".", 1)[-1]
+        for name in checkpoint.adapter
+        if name.endswith(ending)
+    }

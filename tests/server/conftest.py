@@ -1,0 +1,148 @@
+"""A federation in one process: real envelopes and services, a grid that is a function call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedqlora import protocol_pb2 as pb
+from fedqlora.adapter import Adapter, AdapterSpec
+from fedqlora.codec import decode, encode
+from fedqlora.config import RunConfig, validate
+from fedqlora.engine.service import Identity, Service
+from server.checkpoint import RunFolder
+from server.exchange import Exchange
+
+SPEC = AdapterSpec(shapes=(("m.lora_A.weight", (2, 4)), ("m.lora_B.weight", (3, 2))))
+COORDINATOR = Ed25519PrivateKey.from_private_bytes(b"c" * 32)
+
+
+def site_key(name: str) -> Ed25519PrivateKey:
+    return Ed25519PrivateKey.from_private_bytes(name.encode().ljust(32, b"."))
+
+
+@dataclass
+class LearningSite:
+    """A worker whose "training" moves every weight a step towards the site's own number."""
+
+    target: float
+    base_digest: str = "d" * 64
+    spec: AdapterSpec = SPEC
+    examples: int = 16
+    spoil: Callable[[Adapter], Adapter] = staticmethod(lambda delta: delta)
+    trained: list[int] = field(default_factory=list)
+
+    def perform(
+        self, header: pb.Header, config: RunConfig, body: pb.Describe | pb.Train | pb.Evaluate
+    ) -> pb.Description | pb.Update:
+        if isinstance(body, pb.Describe):
+            return pb.Description(
+                base_digest=self.base_digest,
+                family="causal",
+                tensors=[pb.TensorShape(name=n, shape=s) for n, s in self.spec.shapes],
+                given=encode({}, "float32"),
+            )
+        assert isinstance(body, pb.Train)
+        self.trained.append(header.round)
+        delta = {
+            name: ((self.target - value) / 2).astype(np.float32)
+            for name, value in decode(body.adapter).items()
+        }
+        return pb.Update(
+            delta=encode(self.spoil(delta), config.codec.update),
+            examples=self.examples,
+            tokens=100,
+            metrics={"train_loss": 1.0},
+        )
+
+    def refused(self, header: pb.Header, refusal: pb.Refusal) -> None:
+        pass
+
+
+class FunctionGrid:
+    """Flower's Grid as the exchange uses it; a node is a function from bytes to bytes."""
+
+    def __init__(self, nodes: dict[int, Callable[[bytes], bytes | Error | None]]) -> None:
+        self.nodes = nodes
+        self._replies: dict[str, Message] = {}
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterator[str]:
+        for message in messages:
+            identifier = f"m{len(self._replies)}-{message.metadata.dst_node_id}"
+            sent = message.content.array_records["envelope"]["envelope"].numpy().tobytes()
+            answer = self.nodes[message.metadata.dst_node_id](sent)
+            if answer is not None:
+                self._replies[identifier] = _reply(answer, message)
+            yield identifier
+
+    def pull_messages(self, identifiers: Iterable[str]) -> Iterator[Message]:
+        for identifier in identifiers:
+            if identifier in self._replies:
+                yield self._replies.pop(identifier)
+
+
+def _reply(answer: bytes | Error, to: Message) -> Message:
+    if isinstance(answer, Error):
+        return Message(answer, reply_to=to)
+    array = Array(np.frombuffer(answer, dtype=np.uint8))
+    return Message(RecordDict({"envelope": ArrayRecord({"envelope": array})}), reply_to=to)
+
+
+@dataclass
+class House:
+    """A run folder and the sites that take part in it."""
+
+    tmp_path: Path
+    folder: RunFolder
+    sites: dict[str, LearningSite] = field(default_factory=dict)
+    grid: FunctionGrid = field(default_factory=lambda: FunctionGrid({}))
+
+    def admit(self, name: str, site: LearningSite) -> Service:
+        """Add a site with its own key and service; its node id counts from 1."""
+        identity = Identity(name=name, key=site_key(name), coordinator=COORDINATOR.public_key())
+        service = Service(identity, self.tmp_path / "state" / name, site)
+        self.sites[name] = site
+        self.grid.nodes[len(self.grid.nodes) + 1] = service.exchange
+        return service
+
+    def exchange(self) -> Exchange:
+        keys = {name: site_key(name).public_key() for name in self.sites}
+        newest = self.folder.latest()
+        issued = newest.issued if newest else 0
+        return Exchange(self.grid, COORDINATOR, keys, self.folder.name, issued)  # type: ignore[arg-type]
+
+
+def run_config(**federation: object) -> RunConfig:
+    settings = {"rounds": 2, "wait_seconds": 0.2, "round_deadline_seconds": 1, **federation}
+    return validate(
+        RunConfig,
+        {
+            "model": {"base": "tiny"},
+            "training": {"steps": 1, "batch_examples": 16},
+            "codec": {"update": "float32"},
+            "federation": settings,
+        },
+        "run.toml",
+    )
+
+
+@pytest.fixture(autouse=True)
+def _task_identity() -> None:
+    """What Flower sets before it calls a ServerApp; its messages carry it."""
+    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    """A new run of two rounds, no site yet."""
+    return House(tmp_path, RunFolder.create(tmp_path / "runs", run_config()))

@@ -1,0 +1,211 @@
+"""Rounds: what is folded in, what is refused, and that a resumed run ends the same."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from flwr.app import Error
+
+from fedqlora import protocol_pb2 as pb
+from fedqlora.adapter import Adapter, AdapterSpec, initial_adapter
+from fedqlora.envelope import sign
+from fedqlora.errors import FederationError
+from server.checkpoint import RunFolder
+from server.metrics import Metrics
+from server.rounds import federate
+from tests.server.conftest import SPEC, House, LearningSite, run_config, site_key
+
+B = "m.lora_B.weight"
+
+
+def outcomes(house: House, round_: int) -> dict[str, str]:
+    return {
+        line["site"]: line["outcome"]
+        for line in Metrics(house.folder.path / "metrics.jsonl").read()
+        if line["event"] == "site" and line["round"] == round_
+    }
+
+
+def reasons(house: House) -> str:
+    lines = Metrics(house.folder.path / "metrics.jsonl").read()
+    return " ".join(line.get("reason", "") for line in lines)
+
+
+def run(house: House) -> Adapter:
+    return federate(house.folder, house.exchange(), len(house.sites), None).adapter
+
+
+def test_two_rounds_of_two_sites_give_the_weighted_mean(house: House) -> None:
+    house.admit("a", LearningSite(target=1.0, examples=4))
+    house.admit("b", LearningSite(target=5.0, examples=12))
+    # The sites' mean target is (4*1 + 12*5)/16 = 4; each round goes half the way: 0, 2, 3.
+    np.testing.assert_allclose(run(house)[B], np.full((3, 2), 3.0))
+    assert outcomes(house, 1) == {"a": "used", "b": "used"}
+    assert (house.folder.path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_start_is_the_seeded_adapter(house: House) -> None:
+    house.admit("a", LearningSite(target=0.0))
+    house.admit("b", LearningSite(target=0.0))
+    start = initial_adapter(SPEC, house.folder.config().seed, {})
+    np.testing.assert_allclose(run(house)["m.lora_A.weight"], start["m.lora_A.weight"] / 4)
+
+
+def poisoned(value: float) -> Callable[[Adapter], Adapter]:
+    return lambda delta: {name: np.full_like(array, value) for name, array in delta.items()}
+
+
+@pytest.mark.parametrize(
+    ("site", "reason"),
+    [
+        (LearningSite(target=9.0, spoil=poisoned(np.nan)), "not finite"),
+        (LearningSite(target=9.0, spoil=poisoned(1e4)), "max_update_norm"),
+        (LearningSite(target=9.0, spoil=lambda d: {B: d[B]}), "lacks tensor"),
+        (LearningSite(target=9.0, spoil=lambda d: {**d, B: d[B].T.copy()}), "has shape"),
+        (LearningSite(target=9.0, examples=10**6), "claims 1000000 examples"),
+        (LearningSite(target=9.0, examples=0), "weight 0"),
+    ],
+    ids=["nan", "too large", "tensor missing", "wrong shape", "too many examples", "no weight"],
+)
+def test_a_bad_update_is_left_out_and_named(house: House, site: LearningSite, reason: str) -> None:
+    house.admit("a", LearningSite(target=4.0))
+    house.admit("b", LearningSite(target=4.0))
+    house.admit("bad", site)
+    np.testing.assert_allclose(run(house)[B], np.full((3, 2), 3.0))
+    assert outcomes(house, 1) == {"a": "used", "b": "used", "bad": "invalid"}
+    assert reason in reasons(house)
+
+
+def test_an_enrolled_site_cannot_answer_in_another_sites_name(house: House) -> None:
+    """Flower authenticates a node, not a reply: without signatures this would pass."""
+    house.admit("a", LearningSite(target=4.0))
+    house.admit("b", LearningSite(target=4.0))
+    evil = house.admit("evil", LearningSite(target=9.0))
+
+    def forge(sent: bytes) -> bytes:
+        honest = pb.Envelope.FromString(evil.exchange(sent))
+        header = pb.Header.FromString(honest.header)
+        if header.kind != pb.UPDATE:
+            return honest.SerializeToString()
+        return sign(
+            site_key("evil"),
+            run=header.run,
+            round_=header.round,
+            site="a",
+            kind=pb.UPDATE,
+            issued=header.issued,
+            payload=honest.payload,
+            replies_to=header.replies_to,
+        )
+
+    house.grid.nodes[3] = forge
+    np.testing.assert_allclose(run(house)[B], np.full((3, 2), 3.0))
+    assert outcomes(house, 1)["evil"] == "invalid"
+    assert "in the name of a" in reasons(house)
+
+
+def test_a_reply_to_an_earlier_round_is_refused(house: House) -> None:
+    house.admit("a", LearningSite(target=4.0))
+    house.admit("b", LearningSite(target=4.0))
+    honest = house.admit("c", LearningSite(target=4.0)).exchange
+    first_update: list[bytes] = []
+
+    def replay(sent: bytes) -> bytes:
+        reply = honest(sent)
+        if pb.Header.FromString(pb.Envelope.FromString(reply).header).kind == pb.UPDATE:
+            first_update.append(reply)
+            return first_update[0]
+        return reply
+
+    house.grid.nodes[3] = replay
+    run(house)
+    assert outcomes(house, 1)["c"] == "used"
+    assert outcomes(house, 2)["c"] == "invalid"
+    assert "another instruction" in reasons(house)
+
+
+def test_a_site_that_never_answers_does_not_hang_the_run(house: House) -> None:
+    house.admit("a", LearningSite(target=4.0))
+    house.admit("b", LearningSite(target=4.0))
+    service = house.admit("slow", LearningSite(target=4.0))
+
+    def silent_in_training(sent: bytes) -> bytes | None:
+        kind = pb.Header.FromString(pb.Envelope.FromString(sent).header).kind
+        return service.exchange(sent) if kind == pb.DESCRIBE else None
+
+    house.grid.nodes[3] = silent_in_training
+    np.testing.assert_allclose(run(house)[B], np.full((3, 2), 3.0))
+    assert outcomes(house, 1)["slow"] == "late"
+
+
+def test_a_round_below_min_sites_ends_the_run_and_names_who_is_missing(house: House) -> None:
+    house.admit("a", LearningSite(target=4.0))
+    service = house.admit("b", LearningSite(target=4.0))
+
+    def dies_in_training(sent: bytes) -> bytes | Error:
+        kind = pb.Header.FromString(pb.Envelope.FromString(sent).header).kind
+        return service.exchange(sent) if kind == pb.DESCRIBE else Error(1, "node gone")
+
+    house.grid.nodes[2] = dies_in_training
+    with pytest.raises(FederationError, match=r"round 1 has 1 usable updates .* b lost"):
+        run(house)
+    newest = house.folder.latest()
+    assert newest is not None
+    assert newest.round == 0
+
+
+def test_sites_with_different_base_models_end_the_run_with_their_names(house: House) -> None:
+    house.admit("a", LearningSite(target=4.0))
+    house.admit("b", LearningSite(target=4.0, base_digest="e" * 64))
+    with pytest.raises(FederationError, match=r"a: base d+, .*b: base e+"):
+        run(house)
+    assert house.sites["a"].trained == []
+
+
+def test_sites_with_different_adapters_end_the_run(house: House) -> None:
+    other = AdapterSpec(shapes=(SPEC.shapes[0],))
+    house.admit("a", LearningSite(target=4.0))
+    house.admit("b", LearningSite(target=4.0, spec=other))
+    with pytest.raises(FederationError, match="do not have the same base model"):
+        run(house)
+
+
+def test_too_few_sites_are_waited_for_and_then_named(house: House) -> None:
+    house.admit("a", LearningSite(target=4.0))
+    house.admit("b", LearningSite(target=4.0))
+    del house.grid.nodes[2]
+    with pytest.raises(FederationError, match="1 of at least 2 sites"):
+        run(house)
+
+
+def test_a_node_that_is_not_in_the_roster_is_left_out(house: House) -> None:
+    house.admit("a", LearningSite(target=4.0))
+    house.admit("b", LearningSite(target=4.0))
+    house.admit("stranger", LearningSite(target=9.0))
+    del house.sites["stranger"]
+    np.testing.assert_allclose(run(house)[B], np.full((3, 2), 3.0))
+
+
+def test_a_resumed_run_ends_with_the_same_bits_as_an_unbroken_one(house: House) -> None:
+    house.folder = RunFolder.create(house.tmp_path / "runs", run_config(rounds=4))
+    for name, target in (("a", 1.0), ("b", 0.3)):
+        house.admit(name, LearningSite(target=target, examples=7))
+    unbroken = run(house)
+    # As if the ServerApp had been killed in round 3: its checkpoint and what follows are gone.
+    for round_ in (3, 4):
+        shutil.rmtree(house.folder.path / "rounds" / f"{round_:04d}")
+    trained_before = list(house.sites["a"].trained)
+    resumed = run(house)
+    assert house.sites["a"].trained == [*trained_before, 3, 4]
+    assert {n: v.tobytes() for n, v in resumed.items()} == {
+        n: v.tobytes() for n, v in unbroken.items()
+    }
+    rounds = [
+        line["round"]
+        for line in Metrics(house.folder.path / "metrics.jsonl").read()
+        if line["event"] == "round"
+    ]
+    assert rounds == [1, 2, 3, 4]
