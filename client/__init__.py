@@ -1,0 +1,1 @@
+"""A hospital: SuperNode, byte pipe, trainer, policy."""

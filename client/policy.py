@@ -1,0 +1,99 @@
+"""The site's policy: what the hospital allows, whatever the coordinator asks.
+
+`policy.toml` is the hospital's own file. An instruction outside it is refused with the
+rule's name, before any record is read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, get_args
+
+from pydantic import Field
+
+from fedqlora.config import RunConfig, Section, read_toml, validate
+from fedqlora.errors import PolicyRefusal
+
+Metric = Literal["examples", "tokens", "train_loss", "validation_loss", "step_seconds"]
+"""Everything about a round that may leave a site beside the update."""
+
+
+class Models(Section):
+    """Which base models may see this site's records."""
+
+    digests: tuple[str, ...] = Field(min_length=1)
+    """SHA-256 digests of approved base models, as `python -m client digest` prints."""
+
+
+class Limits(Section):
+    """The most that one run may ask for."""
+
+    rank: int = Field(default=64, ge=1)
+    """Largest LoRA rank: bounds how much an update can carry."""
+    steps: int = Field(default=200, ge=1)
+    """Most optimizer steps in one round."""
+    rounds: int = Field(default=100, ge=1)
+    """Most rounds in one run."""
+
+
+class Metrics(Section):
+    """Which figures may leave beside the update."""
+
+    allowed: tuple[Metric, ...] = get_args(Metric)
+    """Names out of: examples, tokens, train_loss, validation_loss, step_seconds."""
+
+
+class Policy(Section):
+    """All rules of one site; a rule's name is its dotted key."""
+
+    models: Models
+    limits: Limits = Limits()
+    metrics: Metrics = Metrics()
+
+
+def load_policy(path: Path) -> Policy:
+    """Read `policy.toml`.
+
+    Raises:
+        ConfigError: the file is missing or wrong; a site without a policy does not start.
+    """
+    return validate(Policy, read_toml(path), str(path))
+
+
+def check(policy: Policy, config: RunConfig, round_: int, base_digest: str) -> None:
+    """Refuse an instruction that the policy does not allow.
+
+    Guarantee: it reads no record and needs none; the caller opens the data only after this.
+
+    Args:
+        policy: the site's rules.
+        config: what the run asks for.
+        round_: the instruction's round (0 describes).
+        base_digest: digest of the base model that the site has under the run's name.
+
+    Raises:
+        PolicyRefusal: names the first broken rule.
+    """
+    if base_digest not in policy.models.digests:
+        raise PolicyRefusal(
+            "models.digests",
+            f"the site's policy does not approve base model {config.model.base} "
+            f"with digest {base_digest[:16]} (models.digests)",
+        )
+    asked = (
+        ("limits.rank", config.lora.rank, policy.limits.rank),
+        ("limits.steps", config.training.steps, policy.limits.steps),
+        ("limits.rounds", max(config.federation.rounds, round_), policy.limits.rounds),
+    )
+    for rule, wanted, most in asked:
+        if wanted > most:
+            raise PolicyRefusal(
+                rule, f"the site's policy allows {most}, the run asks for {wanted} ({rule})"
+            )
+    weighting = config.aggregation.weighting
+    if weighting != "uniform" and weighting not in policy.metrics.allowed:
+        raise PolicyRefusal(
+            "metrics.allowed",
+            f"the run weights sites by {weighting}, which the site's policy does not let out; "
+            'set aggregation.weighting = "uniform" (metrics.allowed)',
+        )

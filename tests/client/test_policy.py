@@ -1,0 +1,59 @@
+"""Policy: every rule refuses by its name."""
+
+from pathlib import Path
+
+import pytest
+
+from client.policy import Limits, Metrics, Models, Policy, check, load_policy
+from fedqlora.config import RunConfig, validate
+from fedqlora.errors import ConfigError, PolicyRefusal
+
+DIGEST = "d" * 64
+POLICY = Policy(models=Models(digests=(DIGEST,)), limits=Limits(rank=8, steps=10, rounds=4))
+
+
+def config(**sections: dict[str, object]) -> RunConfig:
+    return validate(RunConfig, {"model": {"base": "tiny"}, **sections}, "run.toml")
+
+
+def test_a_run_at_the_limits_is_allowed() -> None:
+    asked = config(lora={"rank": 8}, training={"steps": 10}, federation={"rounds": 4})
+    check(POLICY, asked, 4, DIGEST)
+
+
+@pytest.mark.parametrize(
+    ("asked", "round_", "digest", "rule"),
+    [
+        (config(), 1, "e" * 64, "models.digests"),
+        (config(lora={"rank": 9}), 1, DIGEST, "limits.rank"),
+        (config(training={"steps": 11}), 1, DIGEST, "limits.steps"),
+        (config(federation={"rounds": 5}), 1, DIGEST, "limits.rounds"),
+        (config(), 5, DIGEST, "limits.rounds"),
+    ],
+)
+def test_a_run_outside_the_policy_is_refused_by_rule(
+    asked: RunConfig, round_: int, digest: str, rule: str
+) -> None:
+    with pytest.raises(PolicyRefusal, match=rule) as caught:
+        check(POLICY, asked, round_, digest)
+    assert caught.value.rule == rule
+
+
+def test_a_weighting_by_a_withheld_count_is_refused() -> None:
+    silent = POLICY.model_copy(update={"metrics": Metrics(allowed=())})
+    with pytest.raises(PolicyRefusal, match=r"metrics\.allowed"):
+        check(silent, config(), 1, DIGEST)
+    check(silent, config(aggregation={"weighting": "uniform"}), 1, DIGEST)
+
+
+def test_a_policy_must_approve_a_model_and_know_its_keys(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text("[models]\ndigests = []\n")
+    with pytest.raises(ConfigError, match=r"models\.digests"):
+        load_policy(path)
+    path.write_text(f'[models]\ndigests = ["{DIGEST}"]\n[limits]\nrnk = 3\n')
+    with pytest.raises(ConfigError, match="did you mean rank"):
+        load_policy(path)
+    path.write_text(f'[models]\ndigests = ["{DIGEST}"]\n[metrics]\nallowed = ["texts"]\n')
+    with pytest.raises(ConfigError, match=r"metrics\.allowed"):
+        load_policy(path)
