@@ -9,8 +9,10 @@ public base model only and comes from the sites' descriptions.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,9 +87,17 @@ def subtract(after: Mapping[str, FloatArray], before: Mapping[str, FloatArray]) 
 
 def norm(delta: Mapping[str, FloatArray]) -> float:
     """L2 norm over all tensors, accumulated in float64."""
-    return float(
-        np.sqrt(sum(float(np.sum(np.square(v, dtype=np.float64))) for v in delta.values()))
-    )
+    parts = (part for value in delta.values() for part in chunks(value))
+    return math.sqrt(sum(float(np.square(part, dtype=np.float64).sum()) for part in parts))
+
+
+_T = TypeVar("_T", bound=np.generic)
+
+
+def chunks(array: NDArray[_T]) -> Iterator[NDArray[_T]]:
+    """Flat views of at most 2**16 values, so that float64 steps need no float64 copy."""
+    flat = array.reshape(-1)
+    return (flat[start : start + 2**16] for start in range(0, flat.size, 2**16))
 
 
 def check_update(delta: Mapping[str, FloatArray], spec: AdapterSpec, max_norm: float) -> None:

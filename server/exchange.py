@@ -15,11 +15,11 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError
 
 from fedqlora import protocol_pb2 as pb
 from fedqlora.envelope import (
     ANY_SITE,
-    Verified,
     claimed_header,
     instruction_digest,
     sign,
@@ -35,6 +35,12 @@ LOST = "lost"
 REFUSED = "refused"
 INVALID = "invalid"
 
+_BODIES: dict[int, type[pb.Description] | type[pb.Update] | type[pb.Refusal]] = {
+    pb.DESCRIPTION: pb.Description,
+    pb.UPDATE: pb.Update,
+    pb.REFUSAL: pb.Refusal,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -43,7 +49,7 @@ class Answer:
     Attributes:
         node: Flower's node id.
         site: the site asked, or "*" where it is not known yet.
-        reply: the verified reply; None if `failure` says why there is none.
+        message: what the site signed; None if `failure` says why there is none.
         failure: "" or one of late, lost, refused, invalid.
         reason: one sentence about the failure.
         sent_bytes: size of the instruction.
@@ -52,7 +58,7 @@ class Answer:
 
     node: int
     site: str
-    reply: Verified | None = None
+    message: pb.Description | pb.Update | None = None
     failure: str = ""
     reason: str = ""
     sent_bytes: int = 0
@@ -134,12 +140,15 @@ class Exchange:
                 )
                 continue
             pending[identifiers[0]] = (node, site, digest, len(envelope))
+            del envelope, array, content, message
+        # Sent: what follows may take hours, and an adapter is large.
+        del payload
         while pending:
             for identifier, (node, site, digest, size) in list(pending.items()):
                 # One id at a time: a pull of all would hold all their replies in memory.
                 for message in self._grid.pull_messages([identifier]):
                     del pending[identifier]
-                    yield self._open(message, node, site, digest, size)
+                    yield self._open(message, kind, node, site, digest, size)
             if pending and time.monotonic() > deadline:
                 break
             if pending:
@@ -148,8 +157,10 @@ class Exchange:
             reason = f"no reply within {deadline_seconds:g} s"
             yield Answer(node=node, site=site, failure=LATE, reason=reason, sent_bytes=size)
 
-    def _open(self, message: Message, node: int, site: str, digest: bytes, size: int) -> Answer:
-        """Verify one reply message."""
+    def _open(
+        self, message: Message, asked: pb.Kind, node: int, site: str, digest: bytes, size: int
+    ) -> Answer:
+        """Verify and parse one reply message."""
         if message.has_error():
             reason = f"Flower error {message.error.code}: {str(message.error.reason)[:200]}"
             return Answer(node=node, site=site, failure=LOST, reason=reason, sent_bytes=size)
@@ -160,20 +171,43 @@ class Exchange:
                 raise SignatureError(
                     f"no site named {signer[:40]} is in the roster; admit it first"
                 )
-            reply = verify_reply(data, self._sites[signer], site=signer, instruction=digest)
-        except (EnvelopeError, KeyError, ValueError) as error:
-            reason = (
-                str(error) if isinstance(error, EnvelopeError) else "the reply is not an envelope"
+            body = open_reply(
+                data, self._sites[signer], site=signer, instruction=digest, asked=asked
             )
+        except (EnvelopeError, KeyError, ValueError) as error:
+            reason = str(error) if isinstance(error, EnvelopeError) else "it is not an envelope"
             log.warning("reply from %s refused: %s", site, reason)
             return Answer(node=node, site=site, failure=INVALID, reason=reason, sent_bytes=size)
-        answer = Answer(
-            node=node, site=signer, reply=reply, sent_bytes=size, received_bytes=len(data)
+        if isinstance(body, pb.Refusal):
+            reason = f"{body.code}: {body.sentence}"
+            return Answer(node=node, site=signer, failure=REFUSED, reason=reason, sent_bytes=size)
+        return Answer(
+            node=node, site=signer, message=body, sent_bytes=size, received_bytes=len(data)
         )
-        if reply.header.kind == pb.REFUSAL:
-            refusal = pb.Refusal.FromString(reply.payload)
-            reason = f"{refusal.code}: {refusal.sentence}"
-            return Answer(
-                node=node, site=signer, reply=None, failure=REFUSED, reason=reason, sent_bytes=size
-            )
-        return answer
+
+
+def open_reply(
+    data: bytes, key: Ed25519PublicKey, *, site: str, instruction: bytes, asked: pb.Kind
+) -> pb.Description | pb.Update | pb.Refusal:
+    """Verify a reply and parse its payload, of which no copy outlives the call.
+
+    Args:
+        data: the serialized envelope.
+        key: the site's public signing key.
+        site: who has to have signed it.
+        instruction: digest of the instruction's header.
+        asked: the instruction's kind.
+
+    Raises:
+        EnvelopeError: see envelope.verify_reply; also a reply of a kind that was not asked for.
+    """
+    reply = verify_reply(data, key, site=site, instruction=instruction)
+    expected = {pb.DESCRIBE: pb.DESCRIPTION, pb.TRAIN: pb.UPDATE}[asked]
+    if reply.header.kind not in (expected, pb.REFUSAL):
+        raise SignatureError(f"site {site} answered with another kind of reply than asked for")
+    try:
+        return _BODIES[reply.header.kind].FromString(reply.payload)
+    except DecodeError:
+        raise SignatureError(
+            f"site {site}'s reply does not parse; bring it to our release"
+        ) from None

@@ -82,7 +82,6 @@ def run_round(
     started = time.monotonic()
     aggregator = FedAvg(adapter)
     spec = AdapterSpec.of(adapter)
-    train = pb.Train(config=config.model_dump_json(), adapter=encode(adapter, "float32"))
     addressees = sites.online()
     log.info("round %s: %s", round_, ", ".join(sorted(addressees.values())))
     outcomes: dict[str, str] = {}
@@ -90,7 +89,7 @@ def run_round(
         addressees,
         pb.TRAIN,
         round_,
-        train.SerializeToString(),
+        _instruct(config, adapter),
         config.federation.round_deadline_seconds,
     ):
         facts = _fold(answer, aggregator, spec, config)
@@ -113,6 +112,12 @@ def run_round(
     return aggregator.finish()
 
 
+def _instruct(config: RunConfig, adapter: Adapter) -> bytes:
+    """The payload of a training instruction, the same for every site."""
+    train = pb.Train(config=config.model_dump_json(), adapter=encode(adapter, "float32"))
+    return train.SerializeToString()
+
+
 def _fold(
     answer: Answer, aggregator: FedAvg, spec: AdapterSpec, config: RunConfig
 ) -> dict[str, Any]:
@@ -122,12 +127,10 @@ def _fold(
         "bytes_down": answer.sent_bytes,
         "bytes_up": answer.received_bytes,
     }
-    if answer.reply is None:
+    update = answer.message
+    if not isinstance(update, pb.Update):
         return {**facts, "reason": answer.reason}
     try:
-        if answer.reply.header.kind != pb.UPDATE:
-            raise UpdateError("the reply to a training instruction is not an update")
-        update = pb.Update.FromString(answer.reply.payload)
         delta = decode(update.delta)
         check_update(delta, spec, config.aggregation.max_update_norm)
         aggregator.add(delta, _weight(update, config))

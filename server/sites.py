@@ -131,13 +131,13 @@ class Sites:
             # A node that was only slow or starting is asked again; one that said no is not.
             if answer.failure not in (LATE, LOST):
                 self._asked.add(answer.node)
-            if answer.reply is None:
+            if not isinstance(answer.message, pb.Description):
                 who = answer.site if answer.site != ANY_SITE else f"node {answer.node}"
                 if self._problems.get(who) != answer.reason:
                     log.warning("%s cannot take part: %s", who, answer.reason)
                 self._problems[who] = answer.reason
                 continue
-            said = pb.Description.FromString(answer.reply.payload)
+            said = answer.message
             shapes = tuple((tensor.name, tuple(tensor.shape)) for tensor in said.tensors)
             described = Described(
                 base_digest=said.base_digest, family=said.family, spec=AdapterSpec(shapes=shapes)

@@ -7,8 +7,9 @@ and the mean of B are not the factors of the mean product; see docs/adr for what
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fedqlora.adapter import Adapter, FloatArray
+from fedqlora.adapter import Adapter, FloatArray, chunks
 from fedqlora.errors import UpdateError
 
 # 32 fraction bits: an absolute error below 1.2e-10 in a delta, with room for a total weight
@@ -46,7 +47,7 @@ class FedAvg:
         """
         if weight < 1:
             raise UpdateError(f"an update has weight {weight}; it needs at least one example")
-        largest = max((float(np.abs(v).max(initial=0)) for v in delta.values()), default=0.0)
+        largest = max((_largest(value) for value in delta.values()), default=0.0)
         bound = self._bound + weight * (int(largest * 2**FRACTION_BITS) + 1)
         if bound >= _LIMIT:
             raise UpdateError(
@@ -66,16 +67,20 @@ class FedAvg:
         if self._weight == 0:
             raise UpdateError("no update was folded in; a round needs at least one")
         scale = 2.0**FRACTION_BITS * self._weight
-        return {
-            name: (value + self._sums[name] / scale).astype(np.float32)
-            for name, value in self._adapter.items()
-        }
+        result = {name: value.copy() for name, value in self._adapter.items()}
+        for name, value in result.items():
+            for part, total in zip(chunks(value), chunks(self._sums[name]), strict=True):
+                part += total / scale
+        return result
 
 
-def _fold(
-    total: np.ndarray[tuple[int, ...], np.dtype[np.int64]], delta: FloatArray, weight: int
-) -> None:
-    """Total += weight * fixed_point(delta), in place."""
-    fixed = np.multiply(delta, 2.0**FRACTION_BITS, dtype=np.float64)
-    np.rint(fixed, out=fixed)
-    total += fixed.astype(np.int64) * weight
+def _largest(value: FloatArray) -> float:
+    """Largest magnitude, without an array of magnitudes."""
+    return max(float(value.max(initial=0)), -float(value.min(initial=0)))
+
+
+def _fold(total: NDArray[np.int64], delta: FloatArray, weight: int) -> None:
+    """Add weight * fixed_point(delta) to the sums, in place."""
+    for sums, values in zip(chunks(total), chunks(delta), strict=True):
+        fixed = np.rint(np.multiply(values, 2.0**FRACTION_BITS, dtype=np.float64))
+        sums += fixed.astype(np.int64) * weight

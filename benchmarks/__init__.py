@@ -1,0 +1,1 @@
+"""Benchmarks: each script prints the ratio that the README quotes."""
