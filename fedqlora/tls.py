@@ -163,25 +163,26 @@ def probe_server(host: str, port: int, identity: Identity, timeout_seconds: floa
     where = f"the SuperLink at {host}:{port}"
     with socket.create_connection((host, port), timeout=timeout_seconds) as raw:
         try:
-            with context.wrap_socket(raw, server_hostname=host) as secure:
-                greeting = secure.recv(1)
-                certificate = secure.getpeercert()
+            secure = context.wrap_socket(raw, server_hostname=host)
         except ssl.SSLCertVerificationError as error:
             raise FederationError(_explain_refusal(error, where, host, identity)) from None
         except ssl.SSLError as error:
             raise FederationError(
-                f"TLS with {where} failed ({error.reason or 'connection closed'}): check that the "
-                "address is the SuperLink's Fleet port and that it accepts this certificate "
-                f"({identity.chain_path})."
+                f"TLS 1.3 with {where} failed ({error.reason or 'connection closed'}): check that "
+                "the address is the SuperLink's Fleet port."
             ) from None
-        except ConnectionResetError:
-            greeting = b""
-    if not greeting:
+        with secure:
+            serial = str((secure.getpeercert() or {}).get("serialNumber", ""))
+            try:
+                accepted = bool(secure.recv(1))
+            except (ssl.SSLError, ConnectionResetError):
+                accepted = False
+    if not accepted:
         raise FederationError(
             f"{where[0].upper()}{where[1:]} refuses the client certificate "
             f"{identity.chain_path}: ask the coordinator for one from its present authority."
         )
-    return str((certificate or {}).get("serialNumber", ""))
+    return serial
 
 
 def _parse_chain(pem: bytes, path: Path) -> list[x509.Certificate]:

@@ -9,8 +9,10 @@ The SuperExec that starts this process provides, in its environment:
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
+import platform
 from pathlib import Path
 
 from flwr.app import Context
@@ -18,6 +20,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from certs.files import CertificateError
 from certs.roster import Roster, read_roster
+from fedqlora import VERSION
 from fedqlora.config import RunConfig
 from fedqlora.errors import ConfigError, FedqloraError
 from fedqlora.keys import load_signing_key, public_key
@@ -49,6 +52,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def _run(folder: RunFolder, grid: Grid) -> None:
     folder.set_status("running", round=0)
+    folder.write_json("versions.json", _versions())
     config = folder.config()
     coordinator = Path(_environment("FEDQLORA_COORDINATOR"))
     key = load_signing_key(coordinator / "signing.key")
@@ -67,6 +71,17 @@ def _run(folder: RunFolder, grid: Grid) -> None:
     evaluator = _evaluator(config, roster, exchange)
     checkpoint = federate(folder, exchange, len(roster.sites), evaluator)
     folder.set_status("finished", round=checkpoint.round)
+
+
+def _versions() -> dict[str, str]:
+    """What the centre runs on; each site's own versions are in its `joined` event."""
+    packages = ("cryptography", "flwr", "grpcio", "numpy", "protobuf", "pydantic", "safetensors")
+    return {
+        "fedqlora": VERSION,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def _evaluator(config: RunConfig, roster: Roster, exchange: Exchange) -> Evaluator | None:

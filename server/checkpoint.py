@@ -104,7 +104,7 @@ class RunFolder:
             CheckpointError: the file does not parse.
             ConfigError: it was written by a release with other keys.
         """
-        return validate(RunConfig, self._read_json("config.json"), str(self.path / "config.json"))
+        return validate(RunConfig, self.read_json("config.json"), str(self.path / "config.json"))
 
     def set_status(self, status: str, **facts: str | int) -> None:
         """Write status.json: running, finished or failed."""
@@ -114,7 +114,7 @@ class RunFolder:
         """The newest status; `new` before the run's first start."""
         if not (self.path / "status.json").is_file():
             return {"status": "new"}
-        return self._read_json("status.json")
+        return self.read_json("status.json")
 
     def write_json(self, name: str, content: object) -> None:
         """Write a JSON file of the run folder atomically.
@@ -179,7 +179,12 @@ class RunFolder:
     def _round(self, number: int) -> Path:
         return self.path / "rounds" / f"{number:04d}"
 
-    def _read_json(self, name: str) -> dict[str, Any]:
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run folder.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
         try:
             content = json.loads((self.path / name).read_text())
         except (OSError, ValueError):

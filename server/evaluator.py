@@ -14,8 +14,8 @@ from pathlib import Path
 from fedqlora import protocol_pb2 as pb
 from fedqlora.codec import decode
 from fedqlora.config import RunConfig
+from fedqlora.engine.base import resolve_base
 from fedqlora.engine.evaluate import evaluate, load_held_out
-from fedqlora.engine.model import resolve_base
 from fedqlora.engine.service import Identity, Service, serve
 from fedqlora.engine.warm import WarmModel
 from fedqlora.errors import FedqloraError, SignatureError
@@ -78,7 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         identity = Identity.load(NAME, options.keys)
         scorer = Scorer(options.held_out, options.models)
-        serve(Service(identity, options.state / "window", scorer), options.socket)
+        # Everything here is the coordinator's own, so every error may be said in full.
+        service = Service(identity, options.state / "window", scorer, (FedqloraError,))
+        serve(service, options.socket)
     except FedqloraError as error:
         if options.debug:
             raise

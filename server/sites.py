@@ -105,15 +105,17 @@ class Sites:
             connected = self._exchange.nodes()
             self._describe(connected - self._asked, max(1.0, deadline - time.monotonic()))
             usable = {node: site for site, node in self._nodes.items() if node in connected}
-            late = time.monotonic() > deadline
+            # Nobody else can come: waiting would not help.
+            complete = len(connected) >= self._expected and connected <= self._asked
+            late = complete or time.monotonic() > deadline
             if len(usable) >= wanted or (late and len(usable) >= settings.min_sites):
                 return usable
             if late:
                 problems = "; ".join(f"{who}: {why}" for who, why in self._problems.items())
                 raise FederationError(
-                    f"{len(usable)} of at least {settings.min_sites} sites are usable after "
-                    f"{settings.wait_seconds:g} s ({problems or 'none of the others connected'}); "
-                    "start the missing sites, then resume the run"
+                    f"{len(usable)} of at least {settings.min_sites} sites are usable "
+                    f"({problems or 'no other site is connected'}); mend or start the missing "
+                    "sites, then resume the run"
                 )
             if not waiting:
                 log.info("waiting for sites: %s of %s are here", len(usable), wanted)

@@ -1,0 +1,140 @@
+"""The trial before a SuperNode starts: is the SuperLink there, trusted, and does it know this node?
+
+Flower answers these questions with a traceback, a retry for ever or a process that idles; here
+each ends as one sentence.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Literal
+
+import grpc
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
+from flwr.proto.fleet_pb2_grpc import FleetStub
+from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+from fedqlora.errors import FederationError
+from fedqlora.tls import Identity, probe_server
+
+logger = logging.getLogger("client")
+
+RETRY_SECONDS = 3.0
+"""Time between two trials."""
+
+RESTART_PATIENCE_SECONDS = 90.0
+"""How long a refusal may come from this node's own last life: a SuperNode that was killed counts
+as online until its heartbeat expires, 60 s, and until then the SuperLink refuses a second one."""
+
+_HEARTBEAT_SECONDS = 30.0  # Flower's own interval, which it asks back in ActivateNode
+
+
+def wait_until_enrolled(
+    superlink: tuple[str, int], identity: Identity, node_key: Path, wait_seconds: float | None
+) -> None:
+    """Returns once the SuperLink has accepted this node in a trial.
+
+    Args:
+        superlink: host and port of the Fleet API.
+        identity: this site's TLS identity.
+        node_key: file of the SuperNode's OpenSSH key.
+        wait_seconds: how long to wait for a SuperLink that does not answer; None for ever.
+
+    Raises:
+        FederationError: no answer in time, a certificate refused by either side, the node's key
+            is not registered, or the clocks differ too much.
+    """
+    start = time.monotonic()
+    reported: str | None = None
+    first_refusal: float | None = None
+    while True:
+        now = time.monotonic()
+        reason = "no answer"
+        try:
+            state = _try_once(superlink, identity, node_key)
+        except OSError as error:
+            state, reason = "silent", error.strerror or str(error)
+        if state == "enrolled":
+            return
+        patience = float("inf") if wait_seconds is None else wait_seconds
+        if state == "refused":
+            first_refusal = first_refusal or now
+            sentence = (
+                f"The SuperLink at {superlink[0]}:{superlink[1]} does not know the key "
+                f"{node_key}, or it is in use by another SuperNode: send supernode.pub to the "
+                "coordinator to have it registered."
+            )
+            over = now - first_refusal > min(RESTART_PATIENCE_SECONDS, patience)
+        else:
+            first_refusal = None
+            sentence = (
+                f"The SuperLink at {superlink[0]}:{superlink[1]} cannot be reached ({reason}): "
+                "check its address, that it runs, and that a firewall lets this site out."
+            )
+            over = now - start > patience
+        if over:
+            raise FederationError(sentence)
+        if state != reported:
+            logger.warning("%s Trying again until it works.", sentence)
+            reported = state
+        time.sleep(min(RETRY_SECONDS, max(0.1, patience / 4)))
+
+
+def _try_once(
+    superlink: tuple[str, int], identity: Identity, node_key: Path
+) -> Literal["enrolled", "refused", "silent"]:
+    """One handshake with exact errors, then one activation and deactivation of this node."""
+    host, port = superlink
+    serial = probe_server(host, port, identity)
+    key = load_ssh_private_key(node_key.read_bytes(), None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise FederationError(f"{node_key} is not an elliptic-curve key: make a new one.")
+    credentials = grpc.ssl_channel_credentials(
+        identity.authority_pem, identity.key_pem, identity.chain_pem
+    )
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    with grpc.secure_channel(address, credentials) as channel:
+        stub = FleetStub(
+            grpc.intercept_channel(
+                channel,
+                RuntimeVersionClientInterceptor(component_name="SuperNode"),
+                NodeAuthClientInterceptor(key, key.public_key()),
+            )
+        )
+        try:
+            node = stub.ActivateNode(
+                ActivateNodeRequest(
+                    public_key=public_key_to_bytes(key.public_key()),
+                    heartbeat_interval=_HEARTBEAT_SECONDS,
+                ),
+                timeout=10.0,
+            )
+            stub.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id), timeout=10.0)
+        except grpc.RpcError as error:
+            return _judge(error, f"{host}:{port}")
+    logger.info("The SuperLink at %s:%d (serial %s) knows this node.", host, port, serial)
+    return "enrolled"
+
+
+def _judge(error: grpc.RpcError, where: str) -> Literal["refused", "silent"]:
+    """Tells a refusal that may pass from one that will not, which is raised."""
+    code, details = error.code(), error.details() or ""
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        return "silent"
+    if code == grpc.StatusCode.FAILED_PRECONDITION:
+        return "refused"
+    if "timestamp" in details:
+        raise FederationError(
+            f"The SuperLink at {where} refuses this node's signature because the clocks differ by "
+            "more than 5 seconds: set this machine's clock (NTP)."
+        )
+    raise FederationError(
+        f"The SuperLink at {where} refuses this node ({code.name}): check that it runs the same "
+        "version of Flower and that the coordinator registered this node's key."
+    )

@@ -1,0 +1,141 @@
+"""The demo: `python -m demo run` prepares what is missing, federates, and prints the result."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from certs.files import CertificateError
+from demo.hospitals import Hospitals
+from demo.processes import LocalFederation
+from demo.table import render
+from fedqlora.config import RunConfig, load_run
+from fedqlora.errors import ConfigError, FederationError, FedqloraError
+from server.checkpoint import RunFolder
+from server.metrics import Metrics
+
+ROOT = Path(__file__).parents[1]
+APP = ROOT
+RUNS = ROOT / "runs"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and carry it out; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="a new run")
+    run.add_argument("--experiment", default="icd10", help="a file in experiments/")
+    run.add_argument("--sites", type=int, default=3)
+    run.add_argument("--rounds", type=int, default=4)
+    run.add_argument("--baselines", action="store_true", help="also each hospital alone, and all")
+    resume = commands.add_parser("resume", help="continue a run that was cut off")
+    resume.add_argument("run", type=Path, help="its run folder")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        if options.command == "run":
+            _run(options.experiment, options.sites, options.rounds, options.baselines)
+        else:
+            _resume(RunFolder(options.run.resolve()))
+    except (FedqloraError, CertificateError) as error:
+        if options.debug:
+            raise
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; every process was ended\n")
+        return 130
+    return 0
+
+
+def _run(experiment: str, sites: int, rounds: int, baselines: bool) -> None:
+    """Prepare, create the run folder, federate, report."""
+    if rounds < 1:
+        raise ConfigError(f"ROUNDS={rounds} is not a number of rounds; choose 1 or more")
+    overrides = {
+        "federation.rounds": rounds,
+        "federation.expected_sites": sites,
+        "federation.min_sites": min(sites, 2),
+        "evaluation.enabled": True,
+        # One score at the end: each costs as much as a third of a round here.
+        "evaluation.every_rounds": rounds,
+    }
+    config = load_run(ROOT / "experiments" / f"{experiment}.toml", overrides)
+    hospitals = Hospitals(config, sites)
+    hospitals.prepare()
+    folder = RunFolder.create(RUNS, config)
+    folder.write_json("demo.json", {"sites": sites, "baselines": baselines})
+    _federate(folder, config, hospitals)
+    _report(folder, hospitals, baselines)
+
+
+def _resume(folder: RunFolder) -> None:
+    """Start the same federation again; the ServerApp continues from the newest checkpoint."""
+    demo = folder.read_json("demo.json")
+    config = folder.config()
+    hospitals = Hospitals(config, int(demo["sites"]))
+    hospitals.prepare()
+    if folder.status()["status"] != "finished":
+        _federate(folder, config, hospitals)
+    _report(folder, hospitals, bool(demo["baselines"]))
+
+
+def _federate(folder: RunFolder, config: RunConfig, hospitals: Hospitals) -> None:
+    """Start every process, run, and stop every process again."""
+    print(
+        f"run {folder.path.relative_to(ROOT)}: starting SuperLink, evaluator and sites", flush=True
+    )
+    with LocalFederation(
+        certs=hospitals.certs,
+        folder=folder.path / "processes",
+        runs=folder.path.parent,
+        sites=hospitals.sites(),
+        models=hospitals.models,
+        held_out=hospitals.held_out if config.evaluation.enabled else None,
+    ) as federation:
+        limit = config.federation.wait_seconds + (config.federation.rounds + 1) * (
+            config.federation.round_deadline_seconds + 600
+        )
+        result = federation.run(APP, {"run": folder.name}, timeout_seconds=limit, echo=_echo)
+    if not result.completed:
+        reason = folder.status().get("error") or result.details or "see its log"
+        raise FederationError(
+            f"run {folder.name} did not finish: {reason}; logs are in {folder.path / 'processes'}"
+        )
+
+
+def _echo(line: str) -> None:
+    """Show our own progress lines of the ServerApp's output."""
+    if " server " in line:
+        print(line.split(" server ", 1)[1], flush=True)
+
+
+def _report(folder: RunFolder, hospitals: Hospitals, baselines: bool) -> None:
+    """Print the table, and keep it in the run folder."""
+    lines = Metrics(folder.path / "metrics.jsonl").read()
+    scores = {line["round"]: line["scores"] for line in lines if line["event"] == "evaluation"}
+    rows = {"untuned base": scores[0]}
+    if baselines:
+        from demo.baselines import score_baselines
+
+        stored = folder.path / "baselines.json"
+        if not stored.exists():
+            found = score_baselines(folder.config(), hospitals)
+            folder.write_json(stored.name, found)
+        trained = folder.read_json(stored.name)
+        pooled = {name: row for name, row in trained.items() if name.startswith("all")}
+        rows |= {name: row for name, row in trained.items() if name not in pooled}
+        rows["federated"] = scores[max(scores)]
+        rows |= pooled
+    else:
+        rows["federated"] = scores[max(scores)]
+    table = render(rows)
+    (folder.path / "result.md").write_text(table + "\n", encoding="utf-8")
+    print(f"\n{table}\n\nrun folder: {folder.path.relative_to(ROOT)}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""BaseModel: a frozen, usually 4-bit base model with a LoRA adapter on it, kept warm.
+
+QLoRA (arXiv 2305.14314): the base is quantized to NF4 with double quantization, the adapter's
+master weights are float32. Loaded once per process: every round, evaluation and experiment
+sets another adapter on the same base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from fedqlora.adapter import Adapter, AdapterSpec, check_update
+from fedqlora.config import LoraConfig, ModelConfig
+from fedqlora.engine.base import base_digest, resolve_base
+from fedqlora.errors import ModelError
+
+# bitsandbytes offers to fetch a CPU kernel from a hub when it is imported: neither wanted nor
+# possible in a trainer.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+import peft  # noqa: E402
+import transformers  # noqa: E402
+from bitsandbytes.nn.modules import Linear4bit  # noqa: E402
+from peft.helpers import disable_input_dtype_casting  # noqa: E402
+
+__all__ = ["BaseModel", "Family", "base_digest", "resolve_base"]
+
+logger = logging.getLogger("fedqlora")
+
+Family = Literal["causal", "seq2seq"]
+
+
+class BaseModel:
+    """A base model with its adapter, loaded once.
+
+    Attributes:
+        model: the PEFT model; only adapter tensors are trainable.
+        tokenizer: the base's own tokenizer.
+        family: `causal` or `seq2seq`, from the base's config.
+        folder: where the base was loaded from.
+        digest: `base_digest(folder)`.
+        device: where it computes.
+        compute_dtype: what matrices are multiplied in.
+        packs: filled by the first batch: whether packed examples stay apart (batch.py).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        family: Family,
+        folder: Path,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.family = family
+        self.folder = folder
+        self.digest = base_digest(folder)
+        self.device = device
+        self.compute_dtype = compute_dtype
+        self.packs: bool | None = None
+        self._tensors = _adapter_tensors(model)
+        self._given = {
+            name: value.copy()
+            for name, value in self.get_adapter().items()
+            if ".lora_A." not in name and ".lora_B." not in name
+        }
+
+    @classmethod
+    def load(cls, folder: Path, model: ModelConfig, lora: LoraConfig) -> BaseModel:
+        """Load, quantize and prepare a base model.
+
+        The class follows from the base's config: an encoder-decoder (T5, BART) is loaded as a
+        sequence-to-sequence model, everything else as a causal one. Only safetensors are
+        read, and no code that comes with a model is run.
+
+        Args:
+            folder: a checkpoint folder, from `resolve_base`.
+            model: quantization and compute type.
+            lora: the adapter.
+
+        Raises:
+            ModelError: the folder holds no usable checkpoint or tokenizer, or the base lacks
+                a layer that the adapter targets.
+        """
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = _compute_dtype(model.compute_dtype, device)
+        base, tokenizer, family = load_checkpoint(
+            folder, dtype=dtype, device=device, quantized=model.quantization == "nf4"
+        )
+        for module in base.modules():
+            if isinstance(module, Linear4bit):
+                # Otherwise the first evaluation on a CPU with AVX512-BF16 repacks the weights in
+                # place, and training afterwards loses the gradient through the base.
+                module.support_avx512bf16_for_cpu = False
+        tuned = _add_adapter(base, lora, family)
+        logger.info(
+            "base model %s: %s, %s, %s on %s, %d adapter parameters",
+            folder.name,
+            type(base).__name__,
+            model.quantization,
+            str(dtype).removeprefix("torch."),
+            device.type,
+            sum(p.numel() for p in tuned.parameters() if p.requires_grad),
+        )
+        return cls(tuned, tokenizer, family, folder, device, dtype)
+
+    def spec(self) -> AdapterSpec:
+        """Names and shapes of the adapter on this base."""
+        return AdapterSpec(
+            shapes=tuple((name, tuple(tensor.shape)) for name, tensor in self._tensors.items())
+        )
+
+    def get_adapter(self) -> Adapter:
+        """A float32 copy of the adapter's tensors, by PEFT's names."""
+        return {
+            name: tensor.detach().cpu().numpy().copy() for name, tensor in self._tensors.items()
+        }
+
+    def set_adapter(self, adapter: Adapter) -> None:
+        """Put these values into the adapter.
+
+        Raises:
+            UpdateError: a name or shape is not the adapter's, or a value is not finite.
+        """
+        check_update(adapter, self.spec(), max_norm=float("inf"))
+        with torch.no_grad():
+            for name, tensor in self._tensors.items():
+                tensor.copy_(torch.from_numpy(np.ascontiguousarray(adapter[name])))
+
+    def given(self) -> Adapter:
+        """Starting values of the tensors that are neither A nor B (DoRA's magnitudes).
+
+        They depend on the base model only, as PEFT starts with B = 0.
+        """
+        return {name: value.copy() for name, value in self._given.items()}
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The adapter's parameters by PEFT's names, in sorted order."""
+        return dict(self._tensors)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Run the model in its compute type: bfloat16 autocast, or plain float32.
+
+        Autocast already casts the adapter's float32 weights, so PEFT need not cast every
+        layer's input up to float32 and back (measured: 8 % of a step).
+        """
+        autocast = torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16
+        )
+        with disable_input_dtype_casting(self.model), autocast:
+            yield
+
+    def frozen_digest(self) -> str:
+        """SHA-256 over the bytes of every frozen tensor, 4-bit codes and their scales included."""
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                continue
+            tensors = [parameter.data]
+            state = getattr(parameter, "quant_state", None)
+            if state is not None:
+                tensors += [state.absmax, state.code]
+                if state.nested:
+                    tensors += [state.offset, state.state2.absmax, state.state2.code]
+            digest.update(name.encode())
+            for tensor in tensors:
+                flat = tensor.detach().cpu().contiguous().reshape(-1)
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def load_checkpoint(
+    folder: Path, *, dtype: torch.dtype, device: torch.device, quantized: bool
+) -> tuple[Any, Any, Family]:
+    """Load (model, tokenizer, family) from a folder: safetensors only, no code of the model's.
+
+    Raises:
+        ModelError: the folder holds no usable checkpoint or tokenizer.
+    """
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    quantization = transformers.BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if getattr(config, "quantization_config", None):
+            raise ModelError(
+                f"base model {folder.name} is already quantized; name the unquantized checkpoint"
+            )
+        family: Family = "seq2seq" if config.is_encoder_decoder else "causal"
+        auto = (
+            transformers.AutoModelForSeq2SeqLM
+            if family == "seq2seq"
+            else transformers.AutoModelForCausalLM
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = auto.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=quantization if quantized else None,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ModelError(
+            f"base model {folder.name} cannot be loaded ({reason}); give a folder with "
+            "config.json, *.safetensors and the tokenizer's files"
+        ) from error
+    return model, tokenizer, family
+
+
+def _compute_dtype(
+    name: Literal["auto", "bfloat16", "float32"], device: torch.device
+) -> torch.dtype:
+    """The dtype that `ModelConfig.compute_dtype` means on this device."""
+    if name == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            has = torch.cpu.get_capabilities()
+            native = bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+        name = "bfloat16" if native else "float32"
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _add_adapter(base: Any, lora: LoraConfig, family: Family) -> Any:
+    """The PEFT model; refuses targets that the base lacks."""
+    if lora.targets != "all-linear":
+        names = [name for name, _ in base.named_modules()]
+        missing = [t for t in lora.targets if not any(f".{n}".endswith(f".{t}") for n in names)]
+        if missing:
+            raise ModelError(
+                f"lora.targets names layers that {type(base).__name__} lacks: "
+                f"{', '.join(missing)}; name its own or use all-linear"
+            )
+    config = peft.LoraConfig(
+        task_type="SEQ_2_SEQ_LM" if family == "seq2seq" else "CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type] # any number works
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets if lora.targets == "all-linear" else list(lora.targets),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        bias="none",
+    )
+    try:
+        with warnings.catch_warnings():
+            # PEFT 0.21.2 reads a property that transformers 5.23 has renamed.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+            return peft.get_peft_model(base, config)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ModelError(
+            f"{type(base).__name__} cannot carry the adapter ({reason}); change lora.targets"
+        ) from error
+
+
+def _adapter_tensors(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The trainable parameters under the names of PEFT's state dict, sorted by name."""
+    by_address = {p.data_ptr(): p for p in model.parameters() if p.requires_grad}
+    state = peft.get_peft_model_state_dict(model)
+    tensors = {name: by_address.pop(state[name].data_ptr()) for name in sorted(state)}
+    if by_address:
+        raise ModelError("a weight of the base model is trainable; report this as a bug")
+    if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+        raise ModelError("the adapter's weights are not float32; report this as a bug")
+    return tensors

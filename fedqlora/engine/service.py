@@ -1,0 +1,260 @@
+"""The gRPC service on a unix socket that a trainer and the evaluator share.
+
+One exchange: verify -> admit -> carry out -> store -> sign. Whatever goes wrong inside
+leaves as a signed refusal with a code and a fixed sentence; the detail stays in this
+process's log, for an error's text could quote a record.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from google.protobuf.message import DecodeError, Message
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from fedqlora import protocol_pb2 as pb
+from fedqlora import protocol_pb2_grpc
+from fedqlora.config import RunConfig, validate
+from fedqlora.envelope import (
+    ANY_SITE,
+    ReplayWindow,
+    Verified,
+    claimed_header,
+    instruction_digest,
+    sign,
+    verify,
+)
+from fedqlora.errors import (
+    ConfigError,
+    EnvelopeError,
+    FedqloraError,
+    ModelError,
+    PolicyRefusal,
+    SignatureError,
+    UpdateError,
+)
+from fedqlora.keys import load_public_key, load_signing_key
+
+log = logging.getLogger("fedqlora")
+
+# Only these speak of the coordinator's own inputs, so only their sentences may leave a site.
+SAYABLE: tuple[type[FedqloraError], ...] = (
+    PolicyRefusal,
+    ConfigError,
+    ModelError,
+    EnvelopeError,
+    UpdateError,
+)
+_INSTRUCTIONS: dict[int, type[pb.Describe] | type[pb.Train] | type[pb.Evaluate]] = {
+    pb.DESCRIBE: pb.Describe,
+    pb.TRAIN: pb.Train,
+    pb.EVALUATE: pb.Evaluate,
+}
+
+
+class Worker(Protocol):
+    """What carries instructions out; a missing method's kind is refused."""
+
+    def perform(
+        self, header: pb.Header, config: RunConfig, body: pb.Describe | pb.Train | pb.Evaluate
+    ) -> pb.Description | pb.Update | pb.Evaluation:
+        """Carry out one verified instruction and return what is to be signed."""
+
+    def refused(self, header: pb.Header, refusal: pb.Refusal) -> None:
+        """Record that an instruction was refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Who signs here, and whose instructions count.
+
+    Attributes:
+        name: the site's name.
+        key: its signing key.
+        coordinator: the only key whose instructions are carried out.
+    """
+
+    name: str
+    key: Ed25519PrivateKey
+    coordinator: Ed25519PublicKey
+
+    @classmethod
+    def load(cls, name: str, folder: Path) -> Identity:
+        """Read signing.key and coordinator.pub of a folder.
+
+        Raises:
+            ConfigError: one of them is missing or is no Ed25519 key.
+        """
+        return cls(
+            name=name,
+            key=load_signing_key(folder / "signing.key"),
+            coordinator=load_public_key(folder / "coordinator.pub"),
+        )
+
+
+class Service(protocol_pb2_grpc.TrainerServicer):
+    """Turns instruction envelopes into reply envelopes, one at a time.
+
+    Args:
+        identity: whose service this is.
+        state: folder that keeps the replay window.
+        worker: carries out what was admitted.
+        sayable: errors whose sentence is sent; of others only the code is.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        state: Path,
+        worker: Worker,
+        sayable: tuple[type[FedqloraError], ...] = SAYABLE,
+    ) -> None:
+        self._identity = identity
+        self._window = ReplayWindow(state)
+        self._worker = worker
+        self._sayable = sayable
+        self._lock = threading.Lock()
+
+    def Exchange(self, request: pb.Envelope, context: Any) -> pb.Envelope:  # noqa: ARG002, D102
+        return pb.Envelope.FromString(self.exchange(request.SerializeToString()))
+
+    def exchange(self, data: bytes) -> bytes:
+        """Carry out one instruction and return the signed reply; never raises for bad input."""
+        # Two deliveries of one instruction must not train twice at once: the second waits
+        # and gets the first one's stored reply.
+        with self._lock:
+            try:
+                instruction = verify(data, self._identity.coordinator, kinds=_INSTRUCTIONS)
+            except EnvelopeError as error:
+                # Nothing in the header is believed; it only addresses the refusal.
+                try:
+                    return self._refuse(claimed_header(data), instruction_digest(data), error)
+                except SignatureError:
+                    return self._refuse(pb.Header(), b"", error)
+            header = instruction.header
+            try:
+                self._check_addressee(header)
+                stored = self._window.admit(instruction)
+                if stored is not None:
+                    log.info(
+                        "round %s of run %s: stored reply sent again", header.round, header.run
+                    )
+                    return stored
+                kind, payload = self._carry_out(instruction)
+            except Exception as error:
+                return self._refuse(header, instruction.digest, error)
+            reply = self._sign(header, kind, payload, instruction.digest)
+            self._window.keep(instruction, reply)
+            return reply
+
+    def _check_addressee(self, header: pb.Header) -> None:
+        """Refuse what is meant for another site; only DESCRIBE may be for any."""
+        anyone = header.site == ANY_SITE and header.kind == pb.DESCRIBE
+        if header.site != self._identity.name and not anyone:
+            raise SignatureError(
+                f"an instruction for {header.site[:40]} reached {self._identity.name}; drop it"
+            )
+
+    def _carry_out(self, instruction: Verified) -> tuple[pb.Kind, Message]:
+        """Parse the payload, validate its configuration and let the worker perform it."""
+        header = instruction.header
+        try:
+            body = _INSTRUCTIONS[header.kind].FromString(instruction.payload)
+        except DecodeError:
+            raise SignatureError("an instruction's payload does not parse; send it again") from None
+        config = parse_config(body.config)
+        message = self._worker.perform(header, config, body)
+        kind = {pb.DESCRIBE: pb.DESCRIPTION, pb.TRAIN: pb.UPDATE, pb.EVALUATE: pb.EVALUATION}
+        return kind[header.kind], message
+
+    def _refuse(self, header: pb.Header, digest: bytes, error: Exception) -> bytes:
+        """Log an error and sign what may be said of it."""
+        if isinstance(error, FedqloraError):
+            log.error("refused: %s", error)
+        else:
+            log.exception("failed while carrying out an instruction")
+        sentence = "it could not be carried out; the log there says why"
+        if isinstance(error, self._sayable):
+            sentence = str(error)
+        refusal = pb.Refusal(
+            code=type(error).__name__ if isinstance(error, FedqloraError) else "InternalError",
+            rule=error.rule if isinstance(error, PolicyRefusal) else "",
+            sentence=sentence,
+        )
+        self._worker.refused(header, refusal)
+        return self._sign(header, pb.REFUSAL, refusal, digest)
+
+    def _sign(self, header: pb.Header, kind: pb.Kind, payload: Message, digest: bytes) -> bytes:
+        return sign(
+            self._identity.key,
+            run=header.run,
+            round_=header.round,
+            site=self._identity.name,
+            kind=kind,
+            issued=header.issued,
+            payload=payload.SerializeToString(),
+            replies_to=digest,
+        )
+
+
+def parse_config(text: str) -> RunConfig:
+    """The run's configuration out of an instruction.
+
+    Raises:
+        ConfigError: it is not JSON, or a key or value is wrong (an older site's release
+            does not know a newer key: it says so instead of ignoring it).
+    """
+    try:
+        values = json.loads(text)
+    except ValueError:
+        raise ConfigError("the instruction's configuration is not JSON; send it again") from None
+    return validate(RunConfig, values, "the instruction's configuration")
+
+
+def serve(service: Service, socket: Path, on_stop: Callable[[], None] = lambda: None) -> None:
+    """Serve on a unix socket until SIGTERM or SIGINT, with the standard health service.
+
+    Args:
+        service: what answers.
+        socket: path of the socket; a stale one is replaced; mode 0660.
+        on_stop: called once no exchange is running any more.
+
+    Raises:
+        ConfigError: the path is too long for a unix socket or its folder is missing.
+    """
+    if len(os.fsencode(socket)) > 100:
+        raise ConfigError(f"socket path {socket} is longer than 100 bytes; choose a shorter one")
+    if not socket.parent.is_dir():
+        raise ConfigError(f"folder {socket.parent} of the socket does not exist; make it")
+    unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    server = grpc.server(ThreadPoolExecutor(max_workers=4), options=unlimited)
+    protocol_pb2_grpc.add_TrainerServicer_to_server(service, server)
+    checks = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    old_mask = os.umask(0o117)
+    try:
+        server.add_insecure_port(f"unix:{socket}")
+    finally:
+        os.umask(old_mask)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    server.start()
+    checks.set("", health_pb2.HealthCheckResponse.SERVING)
+    log.info("serving on %s", socket.name)
+    stop.wait()
+    checks.enter_graceful_shutdown()
+    # A round cut off here is not lost: the same instruction is carried out after a restart.
+    server.stop(grace=2).wait()
+    on_stop()

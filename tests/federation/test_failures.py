@@ -1,0 +1,98 @@
+"""Processes that die in the middle of a round: the run ends right or says why it cannot."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import safetensors.numpy
+
+from server.checkpoint import RunFolder
+from tests.federation.conftest import Hospitals
+
+pytestmark = pytest.mark.slow
+
+# Enough steps of the tiny model for a process to be ended in their middle.
+LONG = 300
+
+
+def final_bytes(folder: RunFolder) -> bytes:
+    newest = folder.latest()
+    assert newest is not None
+    return safetensors.numpy.save(newest.adapter)
+
+
+@pytest.fixture(scope="module")
+def unbroken(hospitals: Hospitals) -> RunFolder:
+    """The run that the broken ones have to equal."""
+    folder = hospitals.new_run(rounds=2, steps=LONG)
+    assert hospitals.run(folder).completed, folder.status()
+    return folder
+
+
+def test_a_run_whose_serverapp_was_killed_resumes_to_the_same_bits(
+    hospitals: Hospitals, unbroken: RunFolder
+) -> None:
+    folder = hospitals.new_run(rounds=2, steps=LONG)
+    run = hospitals.start(folder)
+    hospitals.wait_until_training(folder, 2, "a")
+    assert hospitals.federation.kill_serverapp()
+    assert not hospitals.wait(run).completed
+    newest = folder.latest()
+    assert newest is not None
+    assert newest.round == 1
+    assert hospitals.run(folder).completed, folder.status()
+    assert final_bytes(folder) == final_bytes(unbroken)
+
+
+def test_a_superlink_restarted_in_mid_round_costs_no_round(
+    hospitals: Hospitals, unbroken: RunFolder
+) -> None:
+    folder = hospitals.new_run(rounds=2, steps=LONG)
+    run = hospitals.start(folder)
+    hospitals.wait_until_training(folder, 1, "a")
+    hospitals.federation.restart("superlink")
+    assert hospitals.wait(run).completed, folder.status()
+    assert hospitals.outcomes(folder, 1) == {"a": "used", "b": "used"}
+    assert final_bytes(folder) == final_bytes(unbroken)
+
+
+def test_a_trainer_killed_in_mid_round_carries_the_round_out_after_its_restart(
+    hospitals: Hospitals, unbroken: RunFolder
+) -> None:
+    folder = hospitals.new_run(rounds=2, steps=LONG)
+    run = hospitals.start(folder)
+    hospitals.wait_until_training(folder, 1, "b")
+    hospitals.federation.kill("trainer-b")
+    hospitals.federation.start_process("trainer-b")
+    assert hospitals.wait(run).completed, folder.status()
+    assert hospitals.outcomes(folder, 1) == {"a": "used", "b": "used"}
+    assert final_bytes(folder) == final_bytes(unbroken)
+
+
+def test_a_site_lost_in_mid_round_is_named_and_the_run_goes_on(hospitals: Hospitals) -> None:
+    folder = hospitals.new_run(
+        rounds=2, steps=LONG, min_sites=1, expected_sites=2, round_deadline_seconds=20
+    )
+    run = hospitals.start(folder)
+    hospitals.wait_until_training(folder, 1, "b")
+    try:
+        for name in ("supernode-b", "trainer-b"):
+            hospitals.federation.kill(name)
+        result = hospitals.wait(run)
+    finally:
+        hospitals.federation.start_process("trainer-b")
+        # The SuperLink counts a killed node as online for up to 60 s and refuses it till then.
+        hospitals.federation.start_process("supernode-b")
+        hospitals.federation.wait_for_sites(["b"], timeout_seconds=150)
+    assert result.completed, folder.status()
+    assert hospitals.outcomes(folder, 1) == {"a": "used", "b": "late"}
+    assert "b" not in hospitals.outcomes(folder, 2) or hospitals.outcomes(folder, 2)["b"] != "used"
+
+
+def test_a_run_without_enough_sites_says_who_is_missing(hospitals: Hospitals) -> None:
+    folder = hospitals.new_run(rounds=1, min_sites=3, wait_seconds=5)
+    started = time.monotonic()
+    assert not hospitals.run(folder).completed
+    assert "2 of at least 3 sites" in folder.status()["error"]
+    assert time.monotonic() - started < 120, "it must end by itself, not by the test's own limit"
