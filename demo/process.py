@@ -1,0 +1,125 @@
+"""One program that the demo started: its log file, its process group, and its certain end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+class ManagedProcess:
+    """A program in a process group of its own, so that what it starts ends with it.
+
+    A group of its own also keeps a Ctrl-C in the terminal away from it: the demo stops its
+    processes in order.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        log: Path,
+        environment: Mapping[str, str],
+        folder: Path,
+    ) -> None:
+        """Describes the program; `start` runs it.
+
+        Args:
+            name: how the federation calls it, such as `trainer-a`.
+            command: program and arguments.
+            log: file that its output is appended to.
+            environment: all of its environment variables.
+            folder: its working folder.
+        """
+        self.name = name
+        self.log = log
+        self._command = list(command)
+        self._environment = dict(environment)
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ended = False  # the whole group is gone: its number may be another's by now
+
+    def start(self) -> None:
+        """Starts the program; what is left of an earlier start is ended first."""
+        self.kill()
+        self._ended = False
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(  # noqa: S603
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment,
+                cwd=self._folder,
+                start_new_session=True,
+            )
+
+    @property
+    def status(self) -> int | None:
+        """Exit status, negative for a signal; None while it runs or before it was started."""
+        return None if self._process is None else self._process.poll()
+
+    @property
+    def running(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """Its process id, which is also the id of its group."""
+        if self._process is None:
+            raise RuntimeError(f"{self.name} was not started")
+        return self._process.pid
+
+    def ask_to_stop(self) -> None:
+        """Sends SIGTERM to the whole group."""
+        self._signal_group(signal.SIGTERM)
+
+    def stop(self, grace_seconds: float = 15.0) -> None:
+        """Ends it: SIGTERM, then SIGKILL to whatever of its group is left."""
+        if self.running:
+            self.ask_to_stop()
+            self.wait(grace_seconds)
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends the whole group at once with SIGKILL."""
+        if self._process is not None and not self._ended:
+            self._signal_group(signal.SIGKILL)
+            self._process.wait()
+            self._ended = True
+
+    def wait(self, seconds: float) -> bool:
+        """Waits for the program itself to end; returns whether it has."""
+        deadline = time.monotonic() + seconds
+        while self.running and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return not self.running
+
+    def last_line(self) -> str:
+        """The last line of its log that is not empty."""
+        with contextlib.suppress(OSError):
+            lines = self.log.read_text(errors="replace").splitlines()
+            return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return ""
+
+    def find_members(self, word: str) -> list[int]:
+        """Process ids in its group whose command line holds `word`, such as `flwr-serverapp`."""
+        found = subprocess.run(  # noqa: S603
+            ["pgrep", "-g", str(self.pid), "-f", word],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return [int(pid) for pid in found.stdout.split() if int(pid) != os.getpid()]
+
+    def _signal_group(self, number: signal.Signals) -> None:
+        """Signals every process of the group; an empty group is fine."""
+        if self._process is not None and not self._ended:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
