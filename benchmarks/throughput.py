@@ -123,7 +123,8 @@ def _time_trl(
     """(seconds, real tokens) of each step of TRL's trainer."""
     import datasets
     import transformers
-    import trl
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     packing = arguments.contender == "trl packing"
     average = sum(
@@ -149,15 +150,16 @@ def _time_trl(
 
     base.model.register_forward_pre_hook(count, with_kwargs=True)
     with tempfile.TemporaryDirectory() as folder:
-        extra = {} if arguments.contender == "trl defaults" else {"gradient_checkpointing": False}
-        config = trl.SFTConfig(
+        plain = arguments.contender == "trl defaults"
+        extra: dict[str, Any] = {} if plain else {"activation_checkpointing": False}
+        config = SFTConfig(
             output_dir=folder, per_device_train_batch_size=rows, learning_rate=1e-3,
             max_steps=arguments.steps + arguments.warmup, max_length=ROW_TOKENS, packing=packing,
             bf16="bfloat16" in str(base.compute_dtype), use_cpu=base.device.type == "cpu",
             report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
             num_train_epochs=1000, **extra,
         )  # fmt: skip
-        trainer = trl.SFTTrainer(
+        trainer = SFTTrainer(
             model=base.model, args=config, train_dataset=datasets.Dataset.from_list(texts),
             processing_class=base.tokenizer, callbacks=[Marks()],
         )  # fmt: skip

@@ -24,7 +24,7 @@ from fedqlora.engine.model import BaseModel
 from fedqlora.engine.service import Identity, Service, serve
 from fedqlora.engine.train import mean_loss, train
 from fedqlora.engine.warm import WarmModel
-from fedqlora.errors import DataError, FedqloraError, PolicyRefusal
+from fedqlora.errors import AuditError, DataError, FedqloraError, PolicyRefusal
 
 log = logging.getLogger("client")
 
@@ -76,8 +76,11 @@ class Trainer:
         raise PolicyRefusal("evaluate", "a site describes and trains only; ask the evaluator")
 
     def refused(self, header: pb.Header, refusal: pb.Refusal) -> None:
-        """Write a refusal to the audit log."""
-        self._record("refused", header, code=refusal.code, rule=refusal.rule)
+        """Write a refusal to the audit log; one that cannot be written is a refusal all the same."""
+        try:
+            self._record("refused", header, code=refusal.code, rule=refusal.rule)
+        except AuditError as error:
+            log.error("%s", error)
 
     def _train(
         self,
@@ -89,10 +92,11 @@ class Trainer:
         validation: list[Tokenized],
     ) -> pb.Update:
         """One round: score the received adapter on the validation share, then train."""
+        self._record("training", header)
+        log.info("round %s of run %s: training", header.round, header.run)
         adapter = decode(body.adapter)
         held = validation[: config.data.validation_examples]
         before = mean_loss(base, adapter, held, config.training) if held else None
-        log.info("round %s of run %s: training", header.round, header.run)
         result = train(
             base,
             adapter,

@@ -16,13 +16,9 @@ import os
 import time
 from pathlib import Path
 
-from fedqlora.errors import FedqloraError
+from fedqlora.errors import AuditError
 
 START = "0" * 64
-
-
-class AuditError(FedqloraError):
-    """The audit log cannot be written or its chain is broken."""
 
 
 class AuditLog:

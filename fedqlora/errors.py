@@ -10,6 +10,7 @@
     │   └── VersionError     the two sides speak different protocol versions
     ├── PolicyRefusal        the site's policy forbids it; `rule` names the rule
     ├── UpdateError          a site's update has a wrong name, shape, range or digest
+    ├── AuditError           a site's audit log cannot be written, or its chain is broken
     ├── CheckpointError      a run folder cannot be written or read
     └── FederationError      sites, SuperLink or trainer are missing or too late
 
@@ -71,6 +72,10 @@ class PolicyRefusal(FedqloraError):
 
 class UpdateError(FedqloraError):
     """A site's update does not match the adapter that was sent out, or is out of range."""
+
+
+class AuditError(FedqloraError):
+    """The audit log cannot be written or its chain is broken; what cannot be logged is not done."""
 
 
 class CheckpointError(FedqloraError):

@@ -10,9 +10,9 @@ One file has one of four layouts, told by its columns, the first that fits:
 and optionally `patient_id`, the privacy unit; without it each row is a patient of its own.
 Other columns that hold text are kept as `fields`.
 
-Guarantees: files are streamed, so no copy of a record is ever written to disk; no value is
-guessed into another type ("001" and "NA" stay text); an error names file, line (or row) and
-column and what was expected there, never what was found in the text.
+Guarantees: no copy of a record is ever written to disk; no value is guessed into another type
+("001" and "NA" stay text); an error names file, line (or row) and column and what was expected
+there, never what was found in the text.
 """
 
 from __future__ import annotations
@@ -209,7 +209,9 @@ def _jsonl_rows(path: Path, cache: str) -> Rows:
     The JSON reader of `datasets` would guess a type for a whole column (text that looks like a
     date becomes one) and cannot say which line is at fault, so its text reader is used.
     """
-    lines = datasets.Dataset.from_text(str(path), streaming=True, cache_dir=cache)
+    lines = datasets.Dataset.from_text(
+        str(path), streaming=True, cache_dir=cache, encoding="utf-8-sig"
+    )
     for number, line in enumerate(lines, start=1):
         if not line["text"].strip():
             continue
@@ -225,22 +227,15 @@ def _jsonl_rows(path: Path, cache: str) -> Rows:
         yield f"line {number}", row
 
 
-def _csv_rows(path: Path, cache: str) -> Rows:
-    """Rows as text: every column is declared a string, and no word such as NA means "missing"."""
-    lines = _check_csv(path)
-    if not lines:
-        return
-    _, names = lines[0]
-    rows = datasets.Dataset.from_csv(
-        str(path),
-        features=datasets.Features({name: datasets.Value("string") for name in names}),
-        streaming=True,
-        cache_dir=cache,
-        keep_default_na=False,
-        encoding="utf-8-sig",
-    )
-    for (line, _), row in zip(lines[1:], rows, strict=True):
-        yield f"line {line}", row
+def _csv_rows(path: Path, cache: str) -> Rows:  # noqa: ARG001
+    """Rows as text, with the line on which each starts.
+
+    The CSV reader of `datasets` gives no line numbers, stops at a ragged row without naming its
+    column, and leaves the file open when it streams; Python's own does none of this.
+    """
+    rows = _check_csv(path)
+    for line, cells in rows[1:]:
+        yield f"line {line}", dict(zip(rows[0][1], cells, strict=True))
 
 
 def _check_csv(path: Path) -> list[tuple[int, list[str]]]:

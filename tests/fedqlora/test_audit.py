@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fedqlora.audit import AuditError, AuditLog, verify
+from fedqlora.audit import AuditLog, verify
+from fedqlora.errors import AuditError
 
 
 @pytest.fixture
