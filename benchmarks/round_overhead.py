@@ -1,16 +1,16 @@
 """What a round costs beside its optimizer steps: warm trainer against a cold client.
 
-Warm: a real federation of one site on loopback (SuperLink, SuperNode, ClientApp, trainer);
-the first round, in which the trainer has already loaded its model to describe itself, and
-the following ones count alike. Cold: what Flower's LLM example does, a new process each
-round that imports the libraries, loads and quantizes the model and reads the data; nothing
-of Flower's transport is added to it. Prints a markdown table.
+Warm: a real federation of one site on loopback (SuperLink, SuperNode, ClientApp, trainer).
+Cold: what Flower's own LLM example does, a new process each round that imports the libraries,
+loads and quantizes the model, reads the data and runs a trainer (benchmarks.cold_client);
+nothing of Flower's transport is added to it. From the time of a round on either side the
+same is taken off: the median time of the warm engine's optimizer steps, which is what the
+steps cost once everything is loaded and compiled. Prints a markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -43,8 +43,10 @@ def configure(steps: int, rounds: int) -> RunConfig:
     )
 
 
-def measure_warm(config: RunConfig, hospitals: Hospitals, folder: Path) -> list[float]:
-    """Round time minus step time, in seconds, of each round of a real federation."""
+def measure_warm(
+    config: RunConfig, hospitals: Hospitals, folder: Path
+) -> tuple[list[float], list[float]]:
+    """Seconds of each round of a real federation, and of the optimizer steps in it."""
     run = RunFolder.create(folder, config)
     with LocalFederation(
         certs=hospitals.certs,
@@ -57,60 +59,43 @@ def measure_warm(config: RunConfig, hospitals: Hospitals, folder: Path) -> list[
     if not result.completed:
         raise SystemExit(f"the federation failed: {run.status()}")
     lines = Metrics(run.path / "metrics.jsonl").read()
-    steps = {line["round"]: line["step_seconds"] for line in lines if line["event"] == "site"}
-    rounds = {line["round"]: line["seconds"] for line in lines if line["event"] == "round"}
-    return [rounds[number] - steps[number] for number in sorted(rounds)]
+    steps = [line["step_seconds"] for line in lines if line["event"] == "site"]
+    return [line["seconds"] for line in lines if line["event"] == "round"], steps
 
 
-def measure_cold(config: RunConfig, records: Path, models: Path) -> float:
-    """Wall time of one cold client's round minus its step time, in seconds."""
-    command = [sys.executable, "-m", "benchmarks.round_overhead", "--cold"]
-    command += [config.model_dump_json(), str(records), str(models)]
+def measure_cold(config: RunConfig, records: Path, model: Path) -> float:
+    """Wall time in seconds of one cold client's round."""
+    command = [sys.executable, "-m", "benchmarks.cold_client", str(model), str(records)]
+    command += ["--steps", str(config.training.steps), "--rank", str(config.lora.rank)]
+    command += ["--batch", str(config.training.batch_examples)]
     started = time.perf_counter()
-    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    return time.perf_counter() - started - float(output.split()[-1])
-
-
-def run_cold(config_json: str, records: str, models: str) -> None:
-    """A client that starts from nothing; prints the seconds inside optimizer steps."""
-    from fedqlora.adapter import initial_adapter
-    from fedqlora.engine.base import resolve_base
-    from fedqlora.engine.data import load_records, tokenize
-    from fedqlora.engine.model import BaseModel
-    from fedqlora.engine.train import train
-
-    config = RunConfig.model_validate(json.loads(config_json))
-    base = BaseModel.load(resolve_base(config.model.base, Path(models)), config.model, config.lora)
-    examples = tokenize(
-        load_records(Path(records)), base.tokenizer, base.family, config.training.max_length
-    )
-    adapter = initial_adapter(base.spec(), config.seed, base.given())
-    result = train(base, adapter, examples, config.training, seed=1, site="a", round_=1, rounds=1)
-    print(result.step_seconds)
+    subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
+    return time.perf_counter() - started
 
 
 def main() -> None:
     """Measure both ways and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--cold", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of the warm trainer")
+    parser.add_argument("--cold", type=int, default=3, help="rounds of the cold client")
     options = parser.parse_args()
-    if options.cold:
-        run_cold(*options.cold)
-        return
     config = configure(options.steps, options.rounds)
     hospitals = Hospitals(config, SITES)
     hospitals.prepare()
     with tempfile.TemporaryDirectory() as folder:
-        warm = measure_warm(config, hospitals, Path(folder))
-    name = hospitals.names[0]
-    cold = [measure_cold(config, hospitals.records(name), hospitals.models) for _ in range(2)]
-    ratio = median(warm) / median(cold)
-    print(f"{config.model.base}, {options.steps} steps a round, round time minus step time:\n")
-    print("| client | seconds a round | ratio |\n|---|---|---|")
-    print(f"| warm trainer, over TLS (median of {len(warm)}) | {median(warm):.1f} | {ratio:.2f} |")
-    print(f"| cold client, no transport (median of {len(cold)}) | {median(cold):.1f} | 1 |")
+        rounds, steps = measure_warm(config, hospitals, Path(folder))
+    records = hospitals.records(hospitals.names[0])
+    model = hospitals.models / config.model.base
+    cold_rounds = [measure_cold(config, records, model) for _ in range(options.cold)]
+    warm, cold = median(rounds) - median(steps), median(cold_rounds) - median(steps)
+    print(
+        f"{config.model.base}, {options.steps} steps of {config.training.batch_examples} examples "
+        f"a round ({median(steps):.1f} s once warm):\n"
+    )
+    print("| client | a round beside its steps, s | ratio |\n|---|---|---|")
+    print(f"| warm trainer, over TLS (median of {len(rounds)}) | {warm:.1f} | {warm / cold:.2f} |")
+    print(f"| cold client, no transport (median of {len(cold_rounds)}) | {cold:.1f} | 1 |")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from demo.control import ControlClient
 from fedqlora.errors import FederationError
 
-POLL_SECONDS = 0.3
+POLL_SECONDS = 1.0
 """Time between two looks at a run's state."""
 
 _LAST_WORDS_SECONDS = 10.0  # the SuperLink sends the rest of the output within a poll of its own

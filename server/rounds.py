@@ -108,7 +108,9 @@ def run_round(
             f"round {round_} has {used} usable updates of at least "
             f"{config.federation.min_sites} ({why}); mend those sites, then resume the run"
         )
-    metrics.append("round", round=round_, sites=used, seconds=round(time.monotonic() - started, 3))
+    seconds = round(time.monotonic() - started, 3)
+    metrics.append("round", round=round_, sites=used, seconds=seconds)
+    log.info("round %s: %s sites in %s s", round_, used, seconds)
     return aggregator.finish()
 
 
@@ -205,4 +207,6 @@ def _evaluate(
         scores=scores,
         seconds=round(time.monotonic() - started, 3),
     )
-    log.info("round %s: held-out scores %s", checkpoint.round, scores)
+    for name, values in scores.items():
+        figures = ", ".join(f"{metric} {value:.4g}" for metric, value in sorted(values.items()))
+        log.info("round %s: held-out %s: %s", checkpoint.round, name, figures)

@@ -22,7 +22,7 @@ from fedqlora.engine.base import base_digest
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.service import Identity, Service
 from fedqlora.envelope import instruction_digest, sign, verify_reply
-from tests.tiny_models import save_llama
+from tests.tiny_models import save_llama, save_t5
 
 COORDINATOR = Ed25519PrivateKey.from_private_bytes(b"c" * 32)
 SITE = Ed25519PrivateKey.from_private_bytes(b"s" * 32)
@@ -91,13 +91,16 @@ def parse(sent: bytes, data: bytes) -> pb.Description | pb.Update | pb.Refusal:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    digest = base_digest(save_llama(tmp_path / "models" / "tiny-llama"))
+    digests = tuple(
+        base_digest(save(tmp_path / "models" / name))
+        for name, save in (("tiny-llama", save_llama), ("tiny-t5", save_t5))
+    )
     rows = [
         {"prompt": f"{MARK} w{i}", "completion": f"w{i + 20}", "patient_id": f"p{i // 2}"}
         for i in range(30)
     ]
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Site(tmp_path, Policy(models=Models(digests=(digest,)), limits=Limits(rank=8)))
+    return Site(tmp_path, Policy(models=Models(digests=digests), limits=Limits(rank=8)))
 
 
 def describe(config: RunConfig) -> pb.Describe:
@@ -125,6 +128,28 @@ def test_a_site_describes_itself_and_trains(site: Site) -> None:
     assert update.examples == 8
     assert set(update.metrics) == {"train_loss", "validation_loss", "step_seconds"}
     assert [line["event"] for line in site.audit()] == ["described", "training", "trained"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "family"),
+    [
+        ({"model": {"base": "tiny-t5", "compute_dtype": "float32"}}, "seq2seq"),
+        ({"lora": {"rank": 4, "dora": True}}, "causal"),
+        ({"model": {"base": "tiny-llama", "quantization": "none"}}, "causal"),
+    ],
+    ids=["seq2seq", "dora", "unquantized"],
+)
+def test_other_families_and_adapters_go_the_same_way(
+    site: Site, sections: dict[str, dict[str, object]], family: str
+) -> None:
+    service, config = site.service(), run_config(**sections)
+    description = described(service, config)
+    assert description.family == family
+    train, spec = instruct(config, description)
+    update = ask(service, pb.TRAIN, train, 2)
+    assert isinstance(update, pb.Update)
+    check_update(decode(update.delta), spec, max_norm=100)
+    assert any(value.any() for value in decode(update.delta).values())
 
 
 _opened: list[str] = []
