@@ -76,7 +76,7 @@ class Trainer:
         raise PolicyRefusal("evaluate", "a site describes and trains only; ask the evaluator")
 
     def refused(self, header: pb.Header, refusal: pb.Refusal) -> None:
-        """Write a refusal to the audit log; one that cannot be written is a refusal all the same."""
+        """Write a refusal to the audit log; it stays one where that cannot be written."""
         try:
             self._record("refused", header, code=refusal.code, rule=refusal.rule)
         except AuditError as error:

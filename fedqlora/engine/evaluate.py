@@ -227,12 +227,14 @@ def _score_batch(
     search = Search(prompts, len(examples), tries.get(_space(records[0])))
     losses = search.score([example.completion for example in examples])
     right: list[dict[str, bool]] = [{} for _ in records]
+    answers: list[Node] | None = None
     for name, options in tries.choices.items():
-        for row, (record, best) in enumerate(zip(records, search.best(name), strict=True)):
-            right[row][name] = options[best] == record.fields[name]
+        answers = search.best(name, answers)
+        for row, (record, node) in enumerate(zip(records, answers, strict=True)):
+            right[row][name] = options[node.options[name]] == record.fields[name]
     return [
-        _Result(-loss, len(example.completion), answers)
-        for loss, example, answers in zip(losses, examples, right, strict=True)
+        _Result(-loss, len(example.completion), own)
+        for loss, example, own in zip(losses, examples, right, strict=True)
     ]
 
 

@@ -192,8 +192,8 @@ def load_checkpoint(
         ModelError: the folder holds no usable checkpoint or tokenizer.
     """
     if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    quantization = transformers.BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        transformers.utils.logging.disable_progress_bar()
+    quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,

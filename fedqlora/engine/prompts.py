@@ -68,7 +68,9 @@ class CausalPrompts:
         self._accepts = _arguments(model)
         extra = {
             "position_ids": (self._mask.cumsum(dim=1) - 1).clamp_min(0),
-            "logits_to_keep": 1,
+            # An index, not 1: the slice that a number makes is not contiguous, and torch then
+            # copies the head's weights for every row (9.5 s and 3.6 GB for 64 rows here).
+            "logits_to_keep": torch.tensor([longest - 1], device=device),
         }
         out = model(
             input_ids=torch.tensor(ids_bl, device=device),

@@ -4,6 +4,10 @@ The probability of an option is the product over its tokens of the probability a
 with which some option goes on there: what a model gives that can answer with options only. The
 options of a field sum to one, and a long name is not marked down for its length.
 
+A field whose options continue those of the field before (a category after its chapter) is
+answered below the answer given there, as one who writes from left to right would. Searched over
+all chapters, the demo's 1,319 categories took ten times as long.
+
 The options form a trie over tokens. A prompt is encoded once and its cache is reused. The
 search opens the node of highest probability first, until that is an option. As probabilities
 only fall along a path, that option beats every one below a node that was never opened: the
@@ -108,10 +112,18 @@ class Search:
                 totals[owner] += (logits[row, steps, path] - norms[row, steps]).sum().item()
         return totals
 
-    def best(self, name: str) -> list[int]:
-        """Index of the likeliest option of a field for each prompt."""
-        found: dict[int, int] = {}
-        heaps: list[list[Entry]] = [[(0.0, (), self._trie)] for _ in self._opened]
+    def best(self, name: str, after: Sequence[Node] | None = None) -> list[Node]:
+        """The likeliest option of a field for each prompt, as its node in the trie.
+
+        Args:
+            name: the field.
+            after: for each prompt, the answer to the field before; where options of `name`
+                continue it, only these are searched.
+        """
+        found: dict[int, Node] = {}
+        roots = [self._trie] * len(self._opened) if after is None else after
+        starts = [node if name in node.fields else self._trie for node in roots]
+        heaps: list[list[Entry]] = [[(0.0, node.path, node)] for node in starts]
         while len(found) < len(heaps):
             wanted: list[tuple[int, Path]] = []
             for owner, heap in enumerate(heaps):
@@ -129,7 +141,7 @@ class Search:
         heap: list[Entry],
         name: str,
         wanted: list[tuple[int, Path]],
-    ) -> int | None:
+    ) -> Node | None:
         """Pop nodes in order of cost until an option is certain or the model must be asked.
 
         The cost is the negative log-probability. Several nodes are asked for at once, as a
@@ -140,7 +152,7 @@ class Search:
             cost, path, node = heapq.heappop(heap)
             if name in node.options:
                 if not waiting:
-                    return node.options[name]
+                    return node
                 waiting.append((cost, path, node))
                 break
             ways = [

@@ -82,12 +82,32 @@ def test_the_search_finds_the_option_that_scoring_each_by_itself_finds(base: Bas
             )  # fmt: skip
             for name, options in OPTIONS.items():
                 found = search.best(name)
-                for prompt, index in zip(PROMPTS, found, strict=True):
+                for prompt, node in zip(PROMPTS, found, strict=True):
+                    index = node.options[name]
                     scores = brute_force(base, prompt, options)
                     assert sum(math.exp(score) for score in scores) == pytest.approx(1, abs=1e-3)
                     assert scores[index] == pytest.approx(max(scores), abs=1e-4)
                     best[name].add(index)
     assert all(len(found) > 1 for found in best.values()), "one answer to all would prove nothing"
+
+
+def test_a_field_that_continues_the_one_before_is_answered_below_that_answer(
+    base: BaseModel,
+) -> None:
+    base.model.eval()
+    base.set_adapter(random_adapter(base, 2))
+    fields = {"short": [(5,), (9,)], "long": [(5, 6), (5, 7), (9, 8), (9, 10)], "own": [(4,), (8,)]}
+    with torch.inference_mode(), base.computing():
+        prompts = encode_prompts(base.model, base.family, PROMPTS, 0)
+        search = Search(prompts, len(PROMPTS), build_trie(fields))
+        first = search.best("short")
+        below = search.best("long", first)
+        for prompt, node, start in zip(PROMPTS, below, first, strict=True):
+            options = [option for option in fields["long"] if option[:1] == start.path]
+            scores = brute_force(base, prompt, options)
+            assert scores[options.index(node.path)] == pytest.approx(max(scores), abs=1e-4)
+        # A field of its own is searched from the start, whatever was answered before.
+        assert [n.path for n in search.best("own", first)] == [n.path for n in search.best("own")]
 
 
 def test_the_score_of_a_completion_is_its_log_likelihood(base: BaseModel) -> None:

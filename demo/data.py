@@ -1,0 +1,219 @@
+"""The demo's data: ICD-10-CM texts dealt to unequal hospitals, with a held-out set of all.
+
+    <out>/<site>/records.jsonl       prompt, completion, patient_id, chapter, category, code
+    <out>/held-out/codes.jsonl       leaf codes that no hospital has
+    <out>/held-out/wordings.jsonl    inclusion terms: other words than any training text
+    <out>/held-out/choices.json      all 17 chapters, all categories
+
+Guarantees: near-duplicates (equal `demo.codes.normalise`) are in training or held out, never
+both; the same seed and number of sites write the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import string
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+from flwr_datasets.partitioner import DirichletPartitioner
+
+from demo.codes import CHAPTERS, Text, categories, group, read_codes, read_wordings
+from fedqlora.errors import ConfigError, DataError, FedqloraError
+
+TRAINING_TEXTS = 160
+HELD_OUT_CODES = 18
+HELD_OUT_WORDINGS = 8
+"""Texts of each chapter, at most."""
+ALPHA = 0.2
+"""The smaller, the more the hospitals differ in the chapters that they see."""
+SMALLEST_SITE = 32
+"""Records; a deal that gives a hospital fewer is dealt again."""
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """All texts of the demo before they are dealt to hospitals."""
+
+    training: list[Text]
+    codes: list[Text]
+    wordings: list[Text]
+
+
+def make_task(seed: int) -> Task:
+    """Draw training and held-out texts, the same number of every chapter where there are so many.
+
+    Guarantees: one text a normal form over all three lists.
+    """
+    draw = random.Random(f"task:{seed}")  # noqa: S311 - a reproducible draw, no secret
+    training: list[Text] = []
+    codes: list[Text] = []
+    by_chapter: dict[str, list[list[Text]]] = {chapter: [] for chapter in CHAPTERS.values()}
+    for members in group(read_codes()).values():
+        by_chapter[members[0].chapter].append(members)
+    for groups in by_chapter.values():
+        draw.shuffle(groups)
+        codes += [draw.choice(members) for members in groups[:HELD_OUT_CODES]]
+        rest = groups[HELD_OUT_CODES : HELD_OUT_CODES + TRAINING_TEXTS]
+        training += [draw.choice(members) for members in rest]
+    draw.shuffle(codes)  # so that the first n rows are a fair sample
+    seen = {text.group for text in (*training, *codes)}
+    wordings: list[Text] = []
+    terms = [members[0] for key, members in group(read_wordings()).items() if key not in seen]
+    for chapter in CHAPTERS.values():
+        own = [text for text in terms if text.chapter == chapter]
+        wordings += draw.sample(own, min(HELD_OUT_WORDINGS, len(own)))
+    draw.shuffle(wordings)
+    return Task(training, codes, wordings)
+
+
+def site_names(count: int) -> list[str]:
+    """a, b, c, ...
+
+    Raises:
+        ConfigError: fewer than 1 or more than 26.
+    """
+    if not 1 <= count <= len(string.ascii_lowercase):
+        raise ConfigError(f"SITES={count} is not between 1 and 26; choose a number in that range")
+    return list(string.ascii_lowercase[:count])
+
+
+def deal(texts: Sequence[Text], sites: int, seed: int) -> dict[str, list[Row]]:
+    """Deal training texts to hospitals by a Dirichlet split over chapters (arXiv 1909.06335).
+
+    Each hospital's rows are then dealt to its synthetic patients, two to five rows each.
+
+    Raises:
+        ConfigError: so many hospitals cannot all get `SMALLEST_SITE` records.
+    """
+    names = site_names(sites)
+    partitioner = DirichletPartitioner(
+        num_partitions=sites,
+        partition_by="chapter",
+        alpha=ALPHA,
+        min_partition_size=SMALLEST_SITE,
+        seed=seed,
+    )
+    partitioner.dataset = Dataset.from_list([make_row(text) for text in texts])
+    try:
+        with warnings.catch_warnings():
+            # It warns each time that it deals again, which is wanted here.
+            warnings.simplefilter("ignore", UserWarning)
+            parts = [list(partitioner.load_partition(index)) for index in range(sites)]
+    except ValueError:
+        raise ConfigError(
+            f"{sites} hospitals cannot all get {SMALLEST_SITE} records; choose fewer SITES"
+        ) from None
+    return {name: _add_patients(part, name, seed) for name, part in zip(names, parts, strict=True)}
+
+
+def make_row(text: Text) -> Row:
+    """The prompt, the completion and what a row is scored by."""
+    return {
+        "prompt": f"Diagnosis: {text.text}\nBody system:",
+        "completion": f" {text.category}",
+        "chapter": text.chapter,
+        "category": text.category,
+        "code": text.code,
+    }
+
+
+def _add_patients(rows: list[Row], site: str, seed: int) -> list[Row]:
+    """Shuffle a hospital's rows and give them to patients with two to five rows each."""
+    draw = random.Random(f"patients:{seed}:{site}")  # noqa: S311 - reproducible, no secret
+    draw.shuffle(rows)
+    dealt: list[Row] = []
+    patient = 0
+    while len(dealt) < len(rows):
+        patient += 1
+        for row in rows[len(dealt) : len(dealt) + draw.randint(2, 5)]:
+            dealt.append({**row, "patient_id": f"{site}-{patient:04d}"})
+    return dealt
+
+
+def make_data(out: Path, sites: int, seed: int) -> dict[str, list[Row]]:
+    """Write every hospital's records and the held-out set under `out`, replacing what was there.
+
+    Returns:
+        The hospitals' rows by name, for `describe`.
+
+    Raises:
+        ConfigError: the number of sites is out of range.
+        DataError: the folder cannot be written.
+    """
+    task = make_task(seed)
+    hospitals = deal(task.training, sites, seed)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        try:
+            for name, rows in hospitals.items():
+                _write_rows(building / name / "records.jsonl", rows)
+            held_out = building / "held-out"
+            _write_rows(held_out / "codes.jsonl", [make_row(text) for text in task.codes])
+            _write_rows(held_out / "wordings.jsonl", [make_row(text) for text in task.wordings])
+            choices = {"chapter": list(CHAPTERS.values()), "category": categories()}
+            (held_out / "choices.json").write_text(json.dumps(choices), encoding="utf-8")
+            building.chmod(0o755)
+            shutil.rmtree(out, ignore_errors=True)
+            os.replace(building, out)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    except OSError as error:
+        raise DataError(
+            f"{out} cannot be written ({error.strerror}); free it or name another"
+        ) from None
+    return hospitals
+
+
+def _write_rows(path: Path, rows: Sequence[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(lines, encoding="utf-8")
+
+
+def describe(hospitals: dict[str, list[Row]]) -> str:
+    """A table of what each hospital got: records, patients, and records of each chapter."""
+    counts = {name: Counter(row["chapter"] for row in rows) for name, rows in hospitals.items()}
+    lines = [_line("", list(hospitals))]
+    lines.append(_line("records", [len(rows) for rows in hospitals.values()]))
+    patients = [len({row["patient_id"] for row in rows}) for rows in hospitals.values()]
+    lines.append(_line("patients", patients))
+    for chapter in CHAPTERS.values():
+        lines.append(_line(f"  {chapter}", [count[chapter] or "." for count in counts.values()]))
+    return "\n".join(lines)
+
+
+def _line(label: str, values: Sequence[object]) -> str:
+    return f"{label:<28}" + "".join(f"{value!s:>7}" for value in values)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make the data and print what each hospital got."""
+    parser = argparse.ArgumentParser(prog="python -m demo.data", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder that is (re)written")
+    parser.add_argument("--sites", type=int, default=3, help="number of hospitals")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args(arguments)
+    try:
+        print(describe(make_data(options.out, options.sites, options.seed)))
+    except FedqloraError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
