@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--cold", type=int, default=3, help="rounds of the cold client")
     options = parser.parse_args()
     config = configure(options.steps, options.rounds)
-    hospitals = Hospitals(config, SITES)
+    hospitals = Hospitals(config, SITES, ROOT)
     hospitals.prepare()
     with tempfile.TemporaryDirectory() as folder:
         rounds, steps = measure_warm(config, hospitals, Path(folder))

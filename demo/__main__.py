@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -17,17 +18,18 @@ from server.checkpoint import RunFolder
 from server.metrics import Metrics
 
 ROOT = Path(__file__).parents[1]
-APP = ROOT
-RUNS = ROOT / "runs"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and carry it out; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument(
+        "--home", type=Path, default=ROOT, help="keeps certificates, model, records and runs"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="a new run")
-    run.add_argument("--experiment", default="icd10", help="a file in experiments/")
+    run.add_argument("--experiment", default="icd10", help="a name in experiments/, or a TOML file")
     run.add_argument("--sites", type=int, default=3)
     run.add_argument("--rounds", type=int, default=4)
     run.add_argument("--baselines", action="store_true", help="also each hospital alone, and all")
@@ -37,9 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         if options.command == "run":
-            _run(options.experiment, options.sites, options.rounds, options.baselines)
+            _run(options)
         else:
-            _resume(RunFolder(options.run.resolve()))
+            _resume(RunFolder(options.run.resolve()), options.home.resolve())
     except (FedqloraError, CertificateError) as error:
         if options.debug:
             raise
@@ -51,32 +53,36 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _run(experiment: str, sites: int, rounds: int, baselines: bool) -> None:
+def _run(options: argparse.Namespace) -> None:
     """Prepare, create the run folder, federate, report."""
-    if rounds < 1:
-        raise ConfigError(f"ROUNDS={rounds} is not a number of rounds; choose 1 or more")
+    if options.rounds < 1:
+        raise ConfigError(f"ROUNDS={options.rounds} is not a number of rounds; choose 1 or more")
     overrides = {
-        "federation.rounds": rounds,
-        "federation.expected_sites": sites,
-        "federation.min_sites": min(sites, 2),
+        "federation.rounds": options.rounds,
+        "federation.expected_sites": options.sites,
+        "federation.min_sites": min(options.sites, 2),
         "evaluation.enabled": True,
-        # One score at the end: each costs as much as a third of a round here.
-        "evaluation.every_rounds": rounds,
+        # One score at the end: each costs as much as a round here.
+        "evaluation.every_rounds": options.rounds,
     }
-    config = load_run(ROOT / "experiments" / f"{experiment}.toml", overrides)
-    hospitals = Hospitals(config, sites)
+    experiment = Path(options.experiment)
+    if experiment.suffix != ".toml":
+        experiment = ROOT / "experiments" / f"{experiment}.toml"
+    config = load_run(experiment, overrides)
+    home = options.home.resolve()
+    hospitals = Hospitals(config, options.sites, home)
     hospitals.prepare()
-    folder = RunFolder.create(RUNS, config)
-    folder.write_json("demo.json", {"sites": sites, "baselines": baselines})
+    folder = RunFolder.create(home / "runs", config)
+    folder.write_json("demo.json", {"sites": options.sites, "baselines": options.baselines})
     _federate(folder, config, hospitals)
-    _report(folder, hospitals, baselines)
+    _report(folder, hospitals, options.baselines)
 
 
-def _resume(folder: RunFolder) -> None:
+def _resume(folder: RunFolder, home: Path) -> None:
     """Start the same federation again; the ServerApp continues from the newest checkpoint."""
     demo = folder.read_json("demo.json")
     config = folder.config()
-    hospitals = Hospitals(config, int(demo["sites"]))
+    hospitals = Hospitals(config, int(demo["sites"]), home)
     hospitals.prepare()
     if folder.status()["status"] != "finished":
         _federate(folder, config, hospitals)
@@ -99,12 +105,17 @@ def _federate(folder: RunFolder, config: RunConfig, hospitals: Hospitals) -> Non
         limit = config.federation.wait_seconds + (config.federation.rounds + 1) * (
             config.federation.round_deadline_seconds + 600
         )
-        result = federation.run(APP, {"run": folder.name}, timeout_seconds=limit, echo=_echo)
+        result = federation.run(ROOT, {"run": folder.name}, timeout_seconds=limit, echo=_echo)
     if not result.completed:
         reason = folder.status().get("error") or result.details or "see its log"
         raise FederationError(
             f"run {folder.name} did not finish: {reason}; logs are in {folder.path / 'processes'}"
         )
+
+
+def _show(folder: RunFolder) -> str:
+    """A run folder's path as one would type it."""
+    return os.path.relpath(folder.path)
 
 
 def _echo(line: str) -> None:
@@ -134,7 +145,7 @@ def _report(folder: RunFolder, hospitals: Hospitals, baselines: bool) -> None:
         rows["federated"] = scores[max(scores)]
     table = render(rows)
     (folder.path / "result.md").write_text(table + "\n", encoding="utf-8")
-    print(f"\n{table}\n\nrun folder: {folder.path.relative_to(ROOT)}", flush=True)
+    print(f"\n{table}\n\nrun folder: {_show(folder)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,6 @@ from fedqlora.config import RunConfig
 from fedqlora.engine.base import base_digest
 from fedqlora.errors import ConfigError
 
-ROOT = Path(__file__).parents[1]
-CACHE = ROOT / ".cache"
-
 POLICY = """\
 # What this hospital allows, whatever the coordinator asks. Every key: client/policy.py.
 
@@ -38,21 +35,22 @@ class Hospitals:
     Args:
         config: the run; its seed deals the records.
         count: number of hospitals.
+        home: folder that keeps certificates, model and records.
 
     Raises:
         ConfigError: the number is out of range, or the run wants another base model.
     """
 
-    def __init__(self, config: RunConfig, count: int) -> None:
+    def __init__(self, config: RunConfig, count: int, home: Path) -> None:
         if config.model.base != NAME:
             raise ConfigError(
                 f"the demo has the base model {NAME} only, not {config.model.base}; "
                 "set model.base to it"
             )
         self.names = site_names(count)
-        self.certs = ROOT / "certs" / "out"
-        self.models = CACHE / "models"
-        self.data = CACHE / "icd10" / f"{count}-sites-seed-{config.seed}"
+        self.certs = home / "certs" / "out"
+        self.models = home / ".cache" / "models"
+        self.data = home / ".cache" / "icd10" / f"{count}-sites-seed-{config.seed}"
         self._seed = config.seed
 
     @property

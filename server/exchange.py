@@ -6,11 +6,13 @@ and holds all replies until the last; this one polls faster and hands over one a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import httpx
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from flwr.app import Array, ArrayRecord, Message, RecordDict
@@ -25,7 +27,7 @@ from fedqlora.envelope import (
     sign,
     verify_reply,
 )
-from fedqlora.errors import EnvelopeError, SignatureError
+from fedqlora.errors import EnvelopeError, FederationError, SignatureError
 
 log = logging.getLogger("server")
 
@@ -91,8 +93,13 @@ class Exchange:
         self.issued = issued
 
     def nodes(self) -> set[int]:
-        """Nodes that are connected now."""
-        return set(self._grid.get_node_ids())
+        """Nodes that are connected now.
+
+        Raises:
+            FederationError: the SuperLink is gone (Flower's own retries are over).
+        """
+        with _superlink():
+            return set(self._grid.get_node_ids())
 
     def sign(self, kind: pb.Kind, site: str, round_: int, payload: bytes) -> bytes:
         """Sign an instruction with the next issue number."""
@@ -124,6 +131,9 @@ class Exchange:
             round_: the round.
             payload: the serialized instruction, the same for all.
             deadline_seconds: nodes that have not answered by then yield a `late` answer.
+
+        Raises:
+            FederationError: the SuperLink is gone.
         """
         deadline = time.monotonic() + deadline_seconds
         pending: dict[str, tuple[int, str, bytes, int]] = {}
@@ -133,7 +143,8 @@ class Exchange:
             array = Array(np.frombuffer(envelope, dtype=np.uint8))
             content = RecordDict({"envelope": ArrayRecord({"envelope": array})})
             message = Message(content, node, "query", ttl=deadline_seconds + 60)
-            identifiers = [name for name in self._grid.push_messages([message]) if name]
+            with _superlink():
+                identifiers = [name for name in self._grid.push_messages([message]) if name]
             if not identifiers:
                 yield Answer(
                     node=node, site=site, failure=LOST, reason="SuperLink refused the message"
@@ -146,7 +157,9 @@ class Exchange:
         while pending:
             for identifier, (node, site, digest, size) in list(pending.items()):
                 # One id at a time: a pull of all would hold all their replies in memory.
-                for message in self._grid.pull_messages([identifier]):
+                with _superlink():
+                    messages = list(self._grid.pull_messages([identifier]))
+                for message in messages:
                     del pending[identifier]
                     yield self._open(message, kind, node, site, digest, size)
             if pending and time.monotonic() > deadline:
@@ -184,6 +197,17 @@ class Exchange:
         return Answer(
             node=node, site=signer, message=body, sent_bytes=size, received_bytes=len(data)
         )
+
+
+@contextlib.contextmanager
+def _superlink() -> Iterator[None]:
+    """Turn Flower's transport errors into ours."""
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise FederationError(
+            f"the SuperLink does not answer ({type(error).__name__}); start it, then resume the run"
+        ) from error
 
 
 def open_reply(

@@ -18,7 +18,7 @@ from fedqlora.codec import decode
 from fedqlora.config import RunConfig
 from fedqlora.envelope import ANY_SITE
 from fedqlora.errors import FederationError
-from server.exchange import LATE, LOST, Exchange
+from server.exchange import LOST, Exchange
 from server.metrics import Metrics
 
 log = logging.getLogger("server")
@@ -130,8 +130,9 @@ class Sites:
         addressees = dict.fromkeys(sorted(nodes), ANY_SITE)
         found: dict[str, tuple[int, Described, pb.Description]] = {}
         for answer in self._exchange.ask(addressees, pb.DESCRIBE, 0, body, deadline_seconds):
-            # A node that was only slow or starting is asked again; one that said no is not.
-            if answer.failure not in (LATE, LOST):
+            # A node whose trainer is still starting is asked again. One that said no is not,
+            # nor one that hangs: it would hold up every round.
+            if answer.failure != LOST:
                 self._asked.add(answer.node)
             if not isinstance(answer.message, pb.Description):
                 who = answer.site if answer.site != ANY_SITE else f"node {answer.node}"

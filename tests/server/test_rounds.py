@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 
+import httpx
 import numpy as np
 import pytest
 from flwr.app import Error
@@ -178,6 +179,63 @@ def test_too_few_sites_are_waited_for_and_then_named(house: House) -> None:
     house.admit("b", LearningSite(target=4.0))
     del house.grid.nodes[2]
     with pytest.raises(FederationError, match="1 of at least 2 sites"):
+        run(house)
+
+
+def test_a_node_that_hangs_while_it_describes_itself_holds_up_the_start_only(
+    house: House,
+) -> None:
+    house.admit("a", LearningSite(target=4.0))
+    house.admit("b", LearningSite(target=4.0))
+    house.admit("hangs", LearningSite(target=4.0))
+    asked: list[bytes] = []
+    house.grid.nodes[3] = asked.append
+    np.testing.assert_allclose(run(house)[B], np.full((3, 2), 3.0))
+    assert len(asked) == 1
+
+
+def test_a_site_that_joins_after_the_start_is_used_from_then_on(house: House) -> None:
+    house.admit("a", LearningSite(target=4.0))
+    house.admit("b", LearningSite(target=4.0))
+    late = house.admit("late", LearningSite(target=4.0))
+    del house.grid.nodes[3]
+    first = house.grid.nodes[1]
+
+    def admit_while_training(sent: bytes) -> bytes:
+        house.grid.nodes[3] = late.exchange
+        return first(sent)
+
+    # Node 1's first training instruction brings the third site; its description must not.
+    def watch(sent: bytes) -> bytes:
+        kind = pb.Header.FromString(pb.Envelope.FromString(sent).header).kind
+        return admit_while_training(sent) if kind == pb.TRAIN else first(sent)
+
+    house.grid.nodes[1] = watch
+    run(house)
+    assert set(outcomes(house, 1)) == {"a", "b"}
+    assert outcomes(house, 2) == {"a": "used", "b": "used", "late": "used"}
+
+
+def test_a_late_joiner_with_another_base_model_is_left_out(house: House) -> None:
+    house.folder = RunFolder.create(house.tmp_path / "runs", run_config(rounds=1))
+    house.admit("a", LearningSite(target=4.0))
+    house.admit("b", LearningSite(target=4.0))
+    run(house)
+    house.folder.write_json("config.json", run_config(rounds=2).model_dump())
+    house.admit("other", LearningSite(target=9.0, base_digest="e" * 64))
+    run(house)
+    assert set(outcomes(house, 2)) == {"a", "b"}
+
+
+def test_a_superlink_that_is_gone_is_one_sentence(house: House) -> None:
+    house.admit("a", LearningSite(target=4.0))
+    house.admit("b", LearningSite(target=4.0))
+
+    def gone(sent: bytes) -> bytes:
+        raise httpx.ConnectError(f"connection refused after {len(sent)} bytes")
+
+    house.grid.nodes[2] = gone
+    with pytest.raises(FederationError, match="the SuperLink does not answer"):
         run(house)
 
 

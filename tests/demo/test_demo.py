@@ -1,0 +1,120 @@
+"""The demo as a user runs it: one process that starts all others, with the real small model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from demo.model import NAME
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+SHORT = f"""
+name = "short"
+[model]
+base = "{NAME}"
+[training]
+steps = 1
+batch_examples = 4
+[data]
+validation_examples = 2
+[evaluation]
+max_examples = 4
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "short.toml").write_text(SHORT)
+    return folder
+
+
+def demo(home: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "demo", "--home", str(home), *arguments]
+
+
+def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        demo(home, *arguments), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def processes_of(home: Path) -> list[str]:
+    """Command lines of living processes that name a folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and entry.name != str(os.getpid()):
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if str(home) in command:
+                found.append(command)
+    return found
+
+
+def begin(home: Path) -> list[str]:
+    return ["run", "--experiment", str(home / "short.toml"), "--sites", "2", "--rounds", "1"]
+
+
+def test_a_demo_prints_its_table_and_leaves_a_run_folder_and_no_process(home: Path) -> None:
+    result = run(home, *begin(home))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "| untuned base |" in result.stdout
+    assert "| federated    |" in result.stdout
+    (folder,) = (home / "runs").iterdir()
+    assert (folder / "result.md").read_text().strip() in result.stdout
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert processes_of(home) == []
+    # Nothing is left to do: resuming a finished run prints its table again.
+    again = run(home, "resume", str(folder))
+    assert (folder / "result.md").read_text().strip() in again.stdout
+
+
+def test_an_interrupted_demo_stops_every_process_and_resumes(home: Path) -> None:
+    before = set((home / "runs").glob("*"))
+    process = subprocess.Popen(
+        demo(home, *begin(home)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "round 1: a, b" in line:
+            break
+    assert len(processes_of(home)) > 6
+    os.kill(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    time.sleep(0.5)
+    assert processes_of(home) == []
+    (folder,) = set((home / "runs").glob("*")) - before
+    result = run(home, "resume", str(folder))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "| federated    |" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run", "--experiment", "none"], "none.toml does not exist"),
+        (["run", "--sites", "99"], "SITES=99 is not between 1 and 26"),
+        (["run", "--rounds", "0"], "ROUNDS=0 is not a number of rounds"),
+        (["resume", "nowhere"], "is not a run folder"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_starts(
+    tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    result = run(tmp_path, *arguments)
+    assert result.returncode in (1, 2)
+    assert sentence in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
