@@ -15,6 +15,7 @@ HOSTS ?=
 RUN ?=
 OUT ?=
 PROMPT ?=
+needs_run = @test -n "$(RUN)" || { echo "RUN is missing: make $@ RUN=runs/..."; exit 2; }
 names = $(shell $(PYTHON) -c "print(','.join('abcdefghijklmnopqrstuvwxyz'[:$(SITES)]))")
 
 .PHONY: help
@@ -42,14 +43,17 @@ demo: install ## three hospitals fine-tune one 4-bit model over TLS (SITES=3 ROU
 
 .PHONY: resume
 resume: install ## continue a run that was cut off (RUN=runs/...)
+	$(needs_run)
 	@exec $(BIN)/python -m demo resume $(RUN)
 
 .PHONY: export
 export: install ## merge a run's adapter into a standard checkpoint (RUN=runs/... OUT=folder)
+	$(needs_run)
 	@$(BIN)/python -m server export $(RUN) $(if $(OUT),--out $(OUT))
 
 .PHONY: ask
 ask: install ## base and tuned answer to one prompt (RUN=runs/... PROMPT="...")
+	$(needs_run)
 	@$(BIN)/python -m server ask $(RUN) "$$PROMPT"
 export PROMPT
 

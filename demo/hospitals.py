@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from certs.files import CertificateError
+from certs.inspection import inspect_all
 from certs.site import make_all
 from demo.commands import LocalSite
 from demo.data import describe, make_data, site_names
@@ -70,13 +72,23 @@ class Hospitals:
         ]
 
     def prepare(self) -> None:
-        """Make what is missing: model, records, certificates, policies."""
+        """Make what is missing: model, records, certificates, policies.
+
+        Raises:
+            CertificateError: the certificates that are there have expired or do not fit.
+            FedqloraError: model or records cannot be made.
+        """
         if make_model(self.models / NAME):
             print(f"made base model {NAME}", flush=True)
         if not self.data.exists():
             print(describe(make_data(self.data, len(self.names), self._seed)), flush=True)
         for line in make_all(self.certs, self.names):
             print(line, flush=True)
+        if problems := inspect_all(self.certs).problems:
+            raise CertificateError(
+                f"{self.certs} is not usable: {problems[0]}; `make verify-certs` shows all, and "
+                "in development the folder can be removed: the next run makes it anew"
+            )
         digest = base_digest(self.models / NAME)
         for name in self.names:
             policy = self._policy(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from certs.site import make_all
 from demo.model import NAME
 
 pytestmark = pytest.mark.slow
@@ -99,6 +101,17 @@ def test_an_interrupted_demo_stops_every_process_and_resumes(home: Path) -> None
     result = run(home, "resume", str(folder))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "| federated    |" in result.stdout
+
+
+def test_expired_certificates_are_one_sentence_and_no_run(home: Path, tmp_path: Path) -> None:
+    past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=100)
+    make_all(tmp_path / "certs" / "out", ["a", "b"], now=past)
+    (tmp_path / ".cache").symlink_to(home / ".cache")
+    result = run(tmp_path, *begin(home))
+    assert result.returncode == 1
+    assert "is not usable" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
