@@ -1,5 +1,6 @@
 """Engine: models, data and training on one machine; the only importers of torch and its kin."""
 
+import logging
 import os
 
 # Before torch loads OpenMP. By default its threads spin while they wait for each other; with
@@ -7,3 +8,7 @@ import os
 # operation. Measured on two cores, SmolLM2-135M in bfloat16, two threads: a step of 8 texts
 # takes 0.8 s passive, and from 0.6 s to over 50 s spinning.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# bitsandbytes offers to fetch a CPU kernel from a hub when it is imported: neither wanted nor
+# possible in a trainer.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -17,21 +17,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import peft
 import torch
+import transformers
+from bitsandbytes.nn.modules import Linear4bit
+from peft.helpers import disable_input_dtype_casting
 
 from fedqlora.adapter import Adapter, AdapterSpec, check_update
 from fedqlora.config import LoraConfig, ModelConfig
 from fedqlora.engine.base import base_digest, resolve_base
 from fedqlora.errors import ModelError
-
-# bitsandbytes offers to fetch a CPU kernel from a hub when it is imported: neither wanted nor
-# possible in a trainer.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-import peft  # noqa: E402
-import transformers  # noqa: E402
-from bitsandbytes.nn.modules import Linear4bit  # noqa: E402
-from peft.helpers import disable_input_dtype_casting  # noqa: E402
 
 __all__ = ["BaseModel", "Family", "base_digest", "resolve_base"]
 
