@@ -91,9 +91,7 @@ def _resume(folder: RunFolder, home: Path) -> None:
 
 def _federate(folder: RunFolder, config: RunConfig, hospitals: Hospitals) -> None:
     """Start every process, run, and stop every process again."""
-    print(
-        f"run {folder.path.relative_to(ROOT)}: starting SuperLink, evaluator and sites", flush=True
-    )
+    print(f"run {_show(folder)}: starting SuperLink, evaluator and sites", flush=True)
     with LocalFederation(
         certs=hospitals.certs,
         folder=folder.path / "processes",

@@ -83,17 +83,19 @@ def test_a_demo_prints_its_table_and_leaves_a_run_folder_and_no_process(home: Pa
 
 def test_an_interrupted_demo_stops_every_process_and_resumes(home: Path) -> None:
     before = set((home / "runs").glob("*"))
-    process = subprocess.Popen(
+    with subprocess.Popen(
         demo(home, *begin(home)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "round 1: a, b" in line:
-            break
-    assert len(processes_of(home)) > 6
-    os.kill(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        printed = []
+        for line in process.stdout:
+            printed.append(line)
+            if "round 1: a, b" in line:
+                break
+        assert len(processes_of(home)) > 6, "".join(printed)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
     assert process.returncode == 130
     time.sleep(0.5)
     assert processes_of(home) == []
