@@ -1,16 +1,18 @@
-"""What a round costs beside its optimizer steps: warm trainer against a cold client.
+"""What a round costs beside its optimizer steps: warm trainers against cold clients.
 
-Warm: a real federation of one site on loopback (SuperLink, SuperNode, ClientApp, trainer).
-Cold: what Flower's own LLM example does, a new process each round that imports the libraries,
-loads and quantizes the model, reads the data and runs a trainer (benchmarks.cold_client);
-nothing of Flower's transport is added to it. From the time of a round on either side the
-same is taken off: the median time of the warm engine's optimizer steps, which is what the
-steps cost once everything is loaded and compiled. Prints a markdown table.
+Warm: a real federation on loopback (SuperLink, and per site a SuperNode, ClientApp, trainer).
+Cold: what Flower's own LLM example does, a new process per site and round that imports the
+libraries, loads and quantizes the model, reads the data and runs a trainer
+(benchmarks.cold_client); as many at once as there are sites, and nothing of Flower's
+transport is added. Twice: as it comes, and with as many threads each as our trainers get.
+From the time of a round the same is taken off on every row: the median time of the warm
+engine's optimizer steps, what they cost once everything is loaded. Prints a markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,18 +27,17 @@ from server.checkpoint import RunFolder
 from server.metrics import Metrics
 
 ROOT = Path(__file__).parents[1]
-SITES = 3  # the demo's data; one of its sites takes part
 
 
-def configure(steps: int, rounds: int) -> RunConfig:
+def configure(steps: int, rounds: int, sites: int) -> RunConfig:
     """The demo's run, shortened; no validation, which is not part of either way's overhead."""
     return load_run(
         ROOT / "experiments" / "icd10.toml",
         {
             "training.steps": steps,
             "federation.rounds": rounds,
-            "federation.min_sites": 1,
-            "federation.expected_sites": 1,
+            "federation.min_sites": sites,
+            "federation.expected_sites": sites,
             "data.validation_examples": 0,
             "evaluation.enabled": False,
         },
@@ -52,7 +53,7 @@ def measure_warm(
         certs=hospitals.certs,
         folder=folder / "processes",
         runs=folder,
-        sites=hospitals.sites()[:1],
+        sites=hospitals.sites(),
         models=hospitals.models,
     ) as federation:
         result = federation.run(ROOT, {"run": run.name})
@@ -63,13 +64,26 @@ def measure_warm(
     return [line["seconds"] for line in lines if line["event"] == "round"], steps
 
 
-def measure_cold(config: RunConfig, records: Path, model: Path) -> float:
-    """Wall time in seconds of one cold client's round."""
-    command = [sys.executable, "-m", "benchmarks.cold_client", str(model), str(records)]
-    command += ["--steps", str(config.training.steps), "--rank", str(config.lora.rank)]
-    command += ["--batch", str(config.training.batch_examples)]
+def measure_cold(config: RunConfig, hospitals: Hospitals, environment: dict[str, str]) -> float:
+    """Wall time in seconds until the cold clients of all sites have ended, started together."""
+    model = hospitals.models / config.model.base
+    command = [sys.executable, "-m", "benchmarks.cold_client", str(model)]
+    settings = ["--steps", str(config.training.steps), "--rank", str(config.lora.rank)]
+    settings += ["--batch", str(config.training.batch_examples)]
     started = time.perf_counter()
-    subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
+    clients = [
+        subprocess.Popen(
+            [*command, str(hospitals.records(name)), *settings],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for name in hospitals.names
+    ]
+    statuses = [client.wait() for client in clients]
+    if any(statuses):
+        raise SystemExit("a cold client failed; run benchmarks.cold_client by itself to see why")
     return time.perf_counter() - started
 
 
@@ -78,24 +92,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=4, help="rounds of the warm trainer")
-    parser.add_argument("--cold", type=int, default=3, help="rounds of the cold client")
+    parser.add_argument("--sites", type=int, default=3, help="sites, trained at the same time")
     options = parser.parse_args()
-    config = configure(options.steps, options.rounds)
-    hospitals = Hospitals(config, SITES, ROOT)
+    config = configure(options.steps, options.rounds, options.sites)
+    hospitals = Hospitals(config, options.sites, ROOT)
     hospitals.prepare()
     with tempfile.TemporaryDirectory() as folder:
         rounds, steps = measure_warm(config, hospitals, Path(folder))
-    records = hospitals.records(hospitals.names[0])
-    model = hospitals.models / config.model.base
-    cold_rounds = [measure_cold(config, records, model) for _ in range(options.cold)]
-    warm, cold = median(rounds) - median(steps), median(cold_rounds) - median(steps)
+    threads = str(max(1, (os.cpu_count() or 1) // options.sites))
+    cold = {
+        "cold clients as they come": {},
+        f"cold clients, threads shared out ({threads} each)": {"OMP_NUM_THREADS": threads},
+    }
     print(
-        f"{config.model.base}, {options.steps} steps of {config.training.batch_examples} examples "
-        f"a round ({median(steps):.1f} s once warm):\n"
+        f"{config.model.base}, {options.sites} sites, {options.steps} steps of "
+        f"{config.training.batch_examples} examples a round ({median(steps):.1f} s once warm):\n",
+        flush=True,
     )
-    print("| client | a round beside its steps, s | ratio |\n|---|---|---|")
-    print(f"| warm trainer, over TLS (median of {len(rounds)}) | {warm:.1f} | {warm / cold:.2f} |")
-    print(f"| cold client, no transport (median of {len(cold_rounds)}) | {cold:.1f} | 1 |")
+    warm = median(rounds) - median(steps)
+    print("| clients | a round beside its steps, s | warm / cold |\n|---|---|---|")
+    print(
+        f"| warm trainers, over TLS (median of {len(rounds)} rounds) | {warm:.1f} | |", flush=True
+    )
+    for name, environment in cold.items():
+        seconds = measure_cold(config, hospitals, environment) - median(steps)
+        print(f"| {name} | {seconds:.1f} | {warm / seconds:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

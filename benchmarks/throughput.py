@@ -1,6 +1,6 @@
 """Throughput: real (unpadded) tokens per second of our engine against TRL's SFTTrainer.
 
-    python -m benchmarks.throughput --model models/smollm2-135m-instruct
+    python -m benchmarks.throughput
 
 Every contender runs alone in a process of its own, one after the other, on the same quantized
 model, adapter, texts and optimizer batch, in the same precision; the first steps are not
@@ -22,12 +22,15 @@ from typing import Any
 
 CONTENDERS = ("fedqlora", "trl defaults", "trl, no recomputation", "trl packing")
 ROW_TOKENS = 512
+DEMO_MODEL = Path(__file__).parents[1] / ".cache" / "models" / "smollm2-135m-instruct"
 
 
 def main() -> None:
     """Run all contenders and print a table, or one of them for the parent process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a causal model")
+    parser.add_argument(
+        "--model", type=Path, default=DEMO_MODEL, help="folder of a causal model (default: demo's)"
+    )
     parser.add_argument("--steps", type=int, default=8, help="measured steps")
     parser.add_argument("--warmup", type=int, default=4, help="steps before")
     parser.add_argument("--batch", type=int, default=16, help="examples of an optimizer step")
@@ -36,6 +39,10 @@ def main() -> None:
     if arguments.contender:
         print(json.dumps(_run(arguments)))
         return
+    if arguments.model == DEMO_MODEL:
+        from demo.model import make_model
+
+        make_model(DEMO_MODEL)
     results = {}
     for contender in CONTENDERS:
         command = [sys.executable, "-m", "benchmarks.throughput", *sys.argv[1:]]
