@@ -28,9 +28,6 @@ from fedqlora.tls import Identity, load_identity, prepare_grpc, read_key_file
 
 logger = logging.getLogger("client")
 
-POLL_SECONDS = 0.5
-"""Time between two looks for a message; 50 sites then ask the SuperLink 100 times a second."""
-
 RESTART_STATUS = 75
 """Exit status that asks the supervisor for a restart (EX_TEMPFAIL of sysexits.h)."""
 
@@ -151,25 +148,54 @@ def _set_environment(arguments: argparse.Namespace) -> None:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         # How often the SuperExec asks for work; Flower's second would be added to every message.
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": os.environ.get(
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.2"
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.1"
         ),
         # Flower starts its helpers by bare name, also where no virtual environment is active.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
 
 
-def ask_more_often() -> None:
-    """Shortens the 3 s between a SuperNode's looks for a message (docs/adr/0005-polling.md).
+class Pauses:
+    """How long a SuperNode waits between two looks (docs/adr/0005-polling.md).
 
-    The slowest site's wait is every round's. The loop has no setting, but it takes its pauses
-    from the module's own name `time`, which is all that is replaced.
+    Flower looks for an instruction every 3 s and for its ClientApp's reply every 0.5 s. Here
+    the wait for an instruction is a tenth of the time waited so far, at least 0.1 s and at most
+    Flower's 3 s: short between rounds that follow each other, and an idle site asks no more
+    often than before. The reply comes from this machine, so it is looked for every 0.1 s.
     """
-    from flwr.supernode import start_client_internal
 
-    def pause(seconds: float) -> None:
-        time.sleep(min(seconds, POLL_SECONDS))
+    SHORTEST_SECONDS = 0.1
 
-    vars(start_client_internal)["time"] = SimpleNamespace(sleep=pause)
+    def __init__(self) -> None:
+        self._asked = 0.0
+        self._since = 0.0
+
+    def choose(self, seconds: float, now: float) -> float:
+        """The pause to take, in seconds.
+
+        Args:
+            seconds: the pause that Flower asks for; another one than before means that what
+                was waited for has come.
+            now: a monotonic clock, in seconds.
+        """
+        if seconds != self._asked:
+            self._asked, self._since = seconds, now
+        if seconds < 1:
+            return self.SHORTEST_SECONDS
+        return min(seconds, max(self.SHORTEST_SECONDS, (now - self._since) / 10))
+
+    def install(self) -> None:
+        """Make Flower's loop take its pauses from here.
+
+        The loop has no setting, but it sleeps through its module's own name `time`, which is
+        all that is replaced.
+        """
+        from flwr.supernode import start_client_internal
+
+        def pause(seconds: float) -> None:
+            time.sleep(self.choose(seconds, time.monotonic()))
+
+        vars(start_client_internal)["time"] = SimpleNamespace(sleep=pause)
 
 
 def _run_flower() -> None:
@@ -181,7 +207,7 @@ def _run_flower() -> None:
     """
     from flwr.supernode.cli import flower_supernode
 
-    ask_more_often()
+    Pauses().install()
     signals, written = os.pipe()
     os.set_blocking(signals, False)
     os.set_blocking(written, False)

@@ -1,4 +1,4 @@
-"""The one pause of Flower's that is shortened, and that Flower still takes it from there."""
+"""The pauses of a SuperNode: which are chosen, and that Flower still takes them from there."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+from client.supernode import Pauses
+
 ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
-import inspect, time
+import inspect
 from flwr.supernode import start_client_internal as module
-from client.supernode import ask_more_often
+from client.supernode import Pauses
 print(inspect.getsource(module))
-ask_more_often()
-started = time.monotonic()
+pauses = Pauses()
+pauses.choose = lambda seconds, now: print("asked for", seconds) or 0.0
+pauses.install()
 module.time.sleep(3)
-print("slept", time.monotonic() - started)
 """
 
 
@@ -25,8 +27,23 @@ def test_flowers_loop_takes_its_pauses_from_the_name_that_is_replaced() -> None:
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    source, _, slept = result.stdout.rpartition("slept ")
+    source, _, asked = result.stdout.rpartition("asked for ")
+    assert asked.strip() == "3"
     used = set(re.findall(r"\btime\.(\w+)\(", source))
     assert used == {"sleep"}, "Flower's module uses more of `time` than is replaced"
-    assert "time.sleep(3)" in source, "the pause that is shortened is gone: drop ask_more_often"
-    assert float(slept) < 3
+    pauses = {float(text) for text in re.findall(r"\btime\.sleep\(([\d.]+)\)", source)}
+    assert pauses == {3, 0.5}, "Flower's pauses have changed: look at Pauses again"
+
+
+def test_the_wait_for_an_instruction_grows_with_the_time_waited_up_to_flowers_own() -> None:
+    pauses = Pauses()
+    chosen = [pauses.choose(3, now) for now in (100.0, 100.5, 110.0, 125.0, 190.0)]
+    assert chosen == [0.1, 0.1, 1.0, 2.5, 3.0]
+
+
+def test_a_message_makes_the_next_wait_short_again() -> None:
+    pauses = Pauses()
+    assert pauses.choose(3, 0.0) == 0.1
+    assert pauses.choose(3, 60.0) == 3
+    assert pauses.choose(0.5, 61.0) == 0.1
+    assert pauses.choose(3, 90.0) == 0.1
