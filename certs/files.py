@@ -100,10 +100,7 @@ def read_tls_key(path: Path) -> ec.EllipticCurvePrivateKey:
     Raises:
         CertificateError: the file is missing or holds something else.
     """
-    try:
-        key = serialization.load_pem_private_key(read_file(path), password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise _unreadable(path, "an unencrypted PEM private key") from error
+    key = _read_pem_key(path)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise _unreadable(path, "an elliptic-curve private key")
     return key
@@ -115,13 +112,18 @@ def read_signing_key(path: Path) -> ed25519.Ed25519PrivateKey:
     Raises:
         CertificateError: the file is missing or holds something else.
     """
-    try:
-        key = serialization.load_pem_private_key(read_file(path), password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise _unreadable(path, "an unencrypted PEM private key") from error
+    key = _read_pem_key(path)
     if not isinstance(key, ed25519.Ed25519PrivateKey):
         raise _unreadable(path, "an Ed25519 private key")
     return key
+
+
+def _read_pem_key(path: Path) -> object:
+    """Whatever private key a PEM file holds."""
+    try:
+        return serialization.load_pem_private_key(read_file(path), password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise _unreadable(path, "an unencrypted PEM private key") from error
 
 
 def read_supernode_key(path: Path) -> ec.EllipticCurvePrivateKey:

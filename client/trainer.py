@@ -65,12 +65,13 @@ class Trainer:
             FedqloraError: model, data or adapter cannot be used.
         """
         folder = resolve_base(config.model.base, self._models)
-        check(self._policy, config, header.round, self._warm.digest(folder))
+        digest = self._warm.digest(folder)
+        check(self._policy, config, header.round, digest)
         base = self._warm.get(folder, config.model, config.lora)
-        training, validation = self._records(base, config)
+        training, validation = self._records(base, digest, config)
         if isinstance(body, pb.Describe):
             self._record("described", header)
-            return _describe(base)
+            return _describe(base, digest)
         if isinstance(body, pb.Train):
             return self._train(header, config, body, base, training, validation)
         raise PolicyRefusal("evaluate", "a site describes and trains only; ask the evaluator")
@@ -130,10 +131,10 @@ class Trainer:
         return update
 
     def _records(
-        self, base: BaseModel, config: RunConfig
+        self, base: BaseModel, digest: str, config: RunConfig
     ) -> tuple[list[Tokenized], list[Tokenized]]:
         """Training and validation examples, read and tokenized once per configuration."""
-        key = (base.digest, config.data, config.training.max_length, config.seed)
+        key = (digest, config.data, config.training.max_length, config.seed)
         if self._examples is None or self._examples[0] != key:
             self._examples = (key, *self._read(base, config.data, config))
         return self._examples[1], self._examples[2]
@@ -158,10 +159,10 @@ class Trainer:
         self._audit.append(event, run=header.run, round=header.round, **facts)
 
 
-def _describe(base: BaseModel) -> pb.Description:
+def _describe(base: BaseModel, digest: str) -> pb.Description:
     """What the server needs to start an adapter, and to see that all sites agree."""
     return pb.Description(
-        base_digest=base.digest,
+        base_digest=digest,
         family=base.family,
         tensors=[pb.TensorShape(name=name, shape=shape) for name, shape in base.spec().shapes],
         given=encode(base.given(), "float32"),

@@ -11,13 +11,11 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from client.supernode import RESTART_STATUS
 from demo.process import ManagedProcess
 from fedqlora.errors import FederationError
 
 logger = logging.getLogger("demo")
-
-RESTART_STATUS = 75
-"""Exit status with which `client.supernode` asks to be started again."""
 
 
 class Supervisor:

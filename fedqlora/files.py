@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -19,6 +21,27 @@ def write_durably(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write a folder of files: afterwards all of them are there, or none is.
+
+    Args:
+        folder: replaced if it exists.
+        files: content by file name.
+    """
+    temporary = folder.with_name(f".{folder.name}.new")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, content in files.items():
+            write_durably(temporary / name, content)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+        sync_folder(folder.parent)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

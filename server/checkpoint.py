@@ -6,7 +6,7 @@
       status.json        running, finished or failed, with the reason
       metrics.jsonl      one line per event (metrics.py)
       rounds/0003/       adapter.safetensors and state.json, written atomically
-      adapter/           the newest adapter in PEFT's own format
+      adapter/           the final adapter in PEFT's own format
 
 A resumed run starts from the highest round folder; nothing else is needed of the past.
 """
@@ -27,12 +27,12 @@ import safetensors.numpy
 from fedqlora.adapter import Adapter
 from fedqlora.config import RunConfig, validate
 from fedqlora.errors import CheckpointError
-from fedqlora.files import sync_folder, write_durably
+from fedqlora.files import replace_folder, write_durably
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What all sites agreed on in round 0, and the run's issue numbers.
+    """What all sites agreed on in round 0.
 
     Attributes:
         base_digest: digest of the base model.
@@ -134,23 +134,20 @@ class RunFolder:
             CheckpointError: it cannot be written (out of disk, say); earlier rounds stay.
         """
         final = self._round(checkpoint.round)
-        temporary = final.with_name(f".{final.name}.new")
         state = {
             "round": checkpoint.round,
             "issued": checkpoint.issued,
             "origin": asdict(checkpoint.origin),
         }
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            write_durably(
-                temporary / "adapter.safetensors", safetensors.numpy.save(checkpoint.adapter)
+            replace_folder(
+                final,
+                {
+                    "adapter.safetensors": safetensors.numpy.save(checkpoint.adapter),
+                    "state.json": json.dumps(state, indent=2).encode() + b"\n",
+                },
             )
-            write_durably(temporary / "state.json", json.dumps(state, indent=2).encode() + b"\n")
-            temporary.replace(final)
-            sync_folder(final.parent)
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             raise _unwritable(final, error) from None
 
     def latest(self) -> Checkpoint | None:

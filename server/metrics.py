@@ -7,12 +7,12 @@ figures), `round` (a finished round), `evaluation` (held-out scores after a roun
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from fedqlora.errors import CheckpointError
+from fedqlora.files import write_durably
 
 
 class Metrics:
@@ -50,6 +50,4 @@ class Metrics:
     def forget_after(self, round_: int) -> None:
         """Drop events of rounds that have no checkpoint: they will be run again."""
         kept = [line for line in self.read() if line.get("round", 0) <= round_]
-        temporary = self._path.with_name(self._path.name + ".new")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self._path)
+        write_durably(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())

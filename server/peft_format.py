@@ -7,14 +7,13 @@ tensors under the names that they had all along.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import safetensors.numpy
 
 from fedqlora.config import RunConfig
 from fedqlora.errors import CheckpointError
-from fedqlora.files import write_durably
+from fedqlora.files import replace_folder
 from server.checkpoint import Checkpoint
 
 _TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
@@ -31,21 +30,14 @@ def write_adapter(folder: Path, config: RunConfig, checkpoint: Checkpoint) -> No
     Raises:
         CheckpointError: it cannot be written.
     """
-    temporary = folder.with_name(f".{folder.name}.new")
     settings = json.dumps(peft_config(config, checkpoint), indent=2).encode() + b"\n"
+    # transformers refuses a file that does not name the framework of its layout.
+    tensors = safetensors.numpy.save(checkpoint.adapter, metadata={"format": "pt"})
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write_durably(temporary / "adapter_config.json", settings)
-        write_durably(
-            temporary / "adapter_model.safetensors",
-            # transformers refuses a file that does not name the framework of its layout.
-            safetensors.numpy.save(checkpoint.adapter, metadata={"format": "pt"}),
+        replace_folder(
+            folder, {"adapter_config.json": settings, "adapter_model.safetensors": tensors}
         )
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"{folder} cannot be written ({error.strerror}); free space, then resume the run"
         ) from None

@@ -43,7 +43,6 @@ class BaseModel:
         tokenizer: the base's own tokenizer.
         family: `causal` or `seq2seq`, from the base's config.
         folder: where the base was loaded from.
-        digest: `base_digest(folder)`.
         device: where it computes.
         compute_dtype: what matrices are multiplied in.
         packs: filled by the first batch: whether packed examples stay apart (batch.py).
@@ -62,7 +61,6 @@ class BaseModel:
         self.tokenizer = tokenizer
         self.family = family
         self.folder = folder
-        self.digest = base_digest(folder)
         self.device = device
         self.compute_dtype = compute_dtype
         self.packs: bool | None = None

@@ -97,7 +97,7 @@ def test_two_loads_with_the_same_adapter_are_the_same_model(
     llama: BaseModel, llama_folder: Path, start: Start, examples: list[Tokenized]
 ) -> None:
     other = load(llama_folder)
-    assert other.digest == llama.digest
+    assert base_digest(other.folder) == base_digest(llama.folder)
     assert other.frozen_digest() == llama.frozen_digest()
     config = TrainingConfig()
     assert mean_loss(other, start(other), examples, config) == mean_loss(
