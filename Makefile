@@ -15,6 +15,13 @@ HOSTS ?=
 RUN ?=
 OUT ?=
 PROMPT ?=
+CONNECT ?=
+FORCE ?=
+JSON ?=
+connect = $(if $(CONNECT),--connect $(CONNECT))
+as_json = $(if $(filter-out 0,$(JSON)),--json)
+# SITES counts the sites that are made; a rotation takes their names, and all unless somebody named some.
+own_sites = $(if $(filter command environment,$(firstword $(origin SITES))),$(SITES))
 needs_run = @test -n "$(RUN)" || { echo "RUN is missing: make $@ RUN=runs/..."; exit 2; }
 names = $(shell $(PYTHON) -c "print(','.join('abcdefghijklmnopqrstuvwxyz'[:$(SITES)]))")
 
@@ -59,11 +66,109 @@ export PROMPT
 
 .PHONY: certs
 certs: install ## certificate authority, SuperLink and development sites (SITES=3 HOSTS="name ...")
-	@$(BIN)/python -m certs make --out certs/out --sites $(names) $(foreach host,$(HOSTS),--host $(host))
+	@$(BIN)/python -m certs make --development --out certs/out --sites $(names) $(foreach host,$(HOSTS),--host $(host)) $(as_json)
 
 .PHONY: verify-certs
-verify-certs: install ## check every certificate, key and the roster
-	@$(BIN)/python -m certs verify --out certs/out
+verify-certs: install ## check every certificate, key, roster and revocation list (CONNECT=host:port JSON=1)
+	@$(BIN)/python -m certs verify --out certs/out $(connect) $(as_json)
+
+.PHONY: rotate-certs
+rotate-certs: install ## new keys and certificates, also during a run (SITES=a,b for some, CONNECT=host:port)
+	@$(BIN)/python -m certs rotate --out certs/out $(if $(own_sites),--sites $(own_sites)) $(connect) $(as_json)
+
+.PHONY: rotate-ca
+rotate-ca: install ## the next stage of a new authority: trust, switch, retire (FORCE=1 CONNECT=host:port)
+	@$(BIN)/python -m certs rollover --out certs/out $(if $(filter-out 0,$(FORCE)),--force) $(connect) $(as_json)
+
+.PHONY: revoke
+revoke: install ## a site may not come any more (SITE=b CONNECT=host:port)
+	@test -n "$(SITE)" || { echo "SITE is missing: make revoke SITE=b"; exit 2; }
+	@$(BIN)/python -m certs revoke --out certs/out --site "$(SITE)" $(connect) $(as_json)
+
+## images
+
+DEVICE ?= cpu
+BASE_IMAGE ?= debian:bookworm-slim
+INDEX_URL ?= $(PIP_INDEX_URL)
+CA_BUNDLE ?= $(or $(PIP_CERT),$(SSL_CERT_FILE))
+OFFLINE ?=
+# A secret stays out of every layer; a build argument that the last stage does not name, out of its history.
+build_image = DOCKER_BUILDKIT=1 docker build -f docker/$(1).Dockerfile --target $(2) -t fedqlora-$(2):$(DEVICE) \
+	--build-arg DEVICE=$(DEVICE) --build-arg BASE_IMAGE=$(BASE_IMAGE) --build-arg OFFLINE=$(OFFLINE) \
+	--build-arg PIP_INDEX_URL=$(INDEX_URL) --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
+	--build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null || echo unknown) \
+	$(if $(CA_BUNDLE),--secret id=ca_bundle$(comma)src=$(CA_BUNDLE)) .
+comma := ,
+
+.PHONY: images
+images: ## build server, client and demo (DEVICE=cpu|cuda CA_BUNDLE=file INDEX_URL=... OFFLINE=1)
+	@docker info >/dev/null 2>&1 || { echo "No container engine answers: start Docker, or add yourself to its group."; exit 2; }
+	@test -z "$(CA_BUNDLE)" || test -r "$(CA_BUNDLE)" || { echo "CA_BUNDLE=$(CA_BUNDLE) cannot be read."; exit 2; }
+	$(call build_image,server,server)
+	$(call build_image,client,client)
+	$(call build_image,server,demo)
+
+.PHONY: wheelhouse
+wheelhouse: ## wheels for images built with no package index (DEVICE=cpu|cuda)
+	@PYTHON="$(PYTHON)" TORCH_INDEX_URL="$(TORCH_INDEX_URL)" sh docker/wheelhouse.sh $(DEVICE)
+
+## cluster
+
+PROJECT ?= fedqlora
+GPU ?=
+GPUS ?=
+SHARED_GPU ?=
+SITE ?=
+SET ?=
+RESUME ?=
+on_gpu = $(filter-out 0,$(GPU))$(GPUS)$(SHARED_GPU)
+gpu_options = $(if $(on_gpu),$(if $(SHARED_GPU),--shared-gpu "$(SHARED_GPU)",--gpus "$(GPUS)"))
+# What was last brought up: by `make up` a rendered file and its device, otherwise the root's file.
+rendered := .cache/$(PROJECT)
+cluster = DEVICE=$$(cat $(rendered)/device 2>/dev/null || echo $(DEVICE)) docker compose -p $(PROJECT) --project-directory . \
+	-f $(or $(wildcard $(rendered)/compose.yml),docker-compose.yml)
+admin = $(cluster) run --rm --no-deps -T admin
+# ROUNDS has a default for `make demo`; a run of the cluster takes it only where somebody gave it.
+own_rounds = $(if $(filter command environment,$(firstword $(origin ROUNDS))),federation.rounds=$(ROUNDS))
+
+.PHONY: up
+up: ## aggregator and sites in containers (SITES=3, GPU=1 with GPUS=0,1,2,3 or SHARED_GPU=0, FLEET_PORT=9092)
+	@$(PYTHON) -m deploy.preflight cluster --project $(PROJECT) --sites "$(SITES)" $(gpu_options)
+	@mkdir -p $(rendered)
+	@$(PYTHON) -m deploy.render --sites $(SITES) > $(rendered)/compose.yml
+	@$(if $(on_gpu),$(PYTHON) -m deploy.render --sites $(SITES) $(gpu_options) > $(rendered)/gpu.yml)
+	@echo $(if $(on_gpu),cuda,$(DEVICE)) > $(rendered)/device
+	@$(MAKE) --no-print-directory images DEVICE=$(if $(on_gpu),cuda,$(DEVICE))
+	@threads=$$(($$(nproc) / $(SITES))); export TRAINER_THREADS=$$((threads > 0 ? threads : 1)); \
+	DEVICE=$$(cat $(rendered)/device) docker compose -p $(PROJECT) --project-directory . \
+		-f $(rendered)/compose.yml $(if $(on_gpu),-f $(rendered)/gpu.yml) up -d --wait --remove-orphans || { \
+		docker compose -p $(PROJECT) logs --no-log-prefix --tail 3 bootstrap; \
+		echo "The cluster is not ready: make status and make logs say more."; exit 1; }
+
+.PHONY: down
+down: ## remove the cluster: containers, networks and volumes of all sites; results saved in runs/ stay
+	@# A run that somebody still follows is not the compose file's, and would hold the networks.
+	@docker ps -aq --filter label=com.docker.compose.project=$(PROJECT) --filter label=com.docker.compose.oneoff=True | xargs -r docker rm -f >/dev/null
+	@cd / && docker compose -p $(PROJECT) down --volumes --remove-orphans
+	@rm -rf $(rendered)
+
+.PHONY: status
+status: ## containers, connected sites and runs of the cluster
+	@$(cluster) ps --all
+	@$(admin) status
+
+.PHONY: logs
+logs: ## what the cluster says (SITE=2 for one site)
+	@services="$(if $(SITE),$$($(PYTHON) -m deploy.preflight logs --project $(PROJECT) --site "$(SITE)"))" || exit 2; \
+	$(cluster) logs $$services
+
+.PHONY: run
+run: ## start a run in the cluster, follow it, save it in runs/ (EXPERIMENT=icd10 ROUNDS=4 SET="key=value ..." or RESUME=name)
+	@mkdir -p runs $(rendered)
+	@$(admin) $(if $(RESUME),resume $(RESUME),run --experiment $(EXPERIMENT) $(foreach one,$(own_rounds) $(SET),--set '$(one)')) \
+		| tee -i $(rendered)/run.log; status=$${PIPESTATUS[0]}; \
+	name=$$(sed -n 's/^run: //p' $(rendered)/run.log | tail -n 1); \
+	if [ -n "$$name" ]; then $(cluster) cp serverapp:/runs/$$name runs/ && echo "saved: runs/$$name"; fi; exit $$status
 
 ## work on it
 
@@ -77,6 +182,14 @@ check: install ## formatting, lint, types, generated stubs
 test: install ## everything that needs no container engine
 	$(BIN)/python -m pytest -q -m 'not containers and not gpu'
 
+.PHONY: test-containers
+test-containers: install images ## images, a cluster, a short run, its boundary, two failures (needs an engine)
+	$(BIN)/python -m pytest -q -m 'containers and not endurance'
+
+.PHONY: test-slow
+test-slow: install images ## minutes of harder failures in the cluster: network, disk, memory, stop
+	$(BIN)/python -m pytest -q -m endurance
+
 .PHONY: test-fast
 test-fast: install ## the tests that take seconds
 	$(BIN)/python -m pytest -q -m 'not slow and not containers and not gpu'
@@ -87,6 +200,7 @@ benchmarks: install ## the figures of the README, as ratios
 	$(BIN)/python -m benchmarks.import_time
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.round_overhead
+	$(BIN)/python -m benchmarks.admission
 
 .PHONY: proto
 proto: install ## generate the stubs beside fedqlora/protocol.proto

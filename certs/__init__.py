@@ -13,4 +13,9 @@ root, so that a new server authority needs no change at any site; the SuperLink'
 sites authority alone, so that no other certificate below the root is a client. gRPC accepts
 an issuing authority as an anchor, and refuses a certificate that an authority of the other
 kind has signed (both are tested with real handshakes).
+
+Nothing is replaced where it lies. A rotation, a revocation or a stage of a rollover writes new
+versions of all folders that it changes, hidden, and then puts them in use together
+(`certs.change`); an interruption leaves everybody with the old or the new ones. What the SuperLink
+accepts changes first: its folder also holds the roster and the revocation list, `crl.pem`.
 """

@@ -1,4 +1,4 @@
-"""The command line of keys and certificates: `python -m certs make` and `verify`.
+"""The command line of keys and certificates: make, verify, rotate, rollover, revoke.
 
 Exit status: 0 all is well, 1 a problem was found, 2 the command was misused.
 """
@@ -6,80 +6,194 @@ Exit status: 0 all is well, 1 a problem was found, 2 the command was misused.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from certs.files import CertificateError
+from certs.change import NEXT_AUTHORITY
+from certs.files import CURRENT, CertificateError, MisuseError, read_certificates, read_file
+from certs.handshake import read_address, serve_serial, wait_for
 from certs.inspection import inspect_all
-from certs.report import Report
+from certs.listing import render_report, render_revocation, render_rotated, render_stage
+from certs.parties import list_sites
+from certs.renewal import format_serial
+from certs.revocation import revoke
+from certs.rollover import roll_over
+from certs.rotation import rotate
 from certs.site import make_all
 
-COLUMNS = ("name", "issuer", "names", "days left", "key mode", "key matches")
+SHORTEST_PASSPHRASE = 12
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a command has to say, to a person and to a program."""
+
+    lines: Sequence[str]
+    content: Mapping[str, object]
+    exit_code: int = 0
+    proof: Sequence[str] | None = None
+    """Sites that have to be able to connect afterwards; None if nothing changed that shows."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     options = _build_parser().parse_args(arguments)
+    content: dict[str, object] = {}
+    status = 0
     try:
-        if options.command == "make":
-            return _make(options)
-        return _verify(options)
+        address = read_address(options.connect) if getattr(options, "connect", None) else None
+        outcome: _Outcome = options.run(options)
+        content, status = dict(outcome.content), outcome.exit_code
+        _say(options, outcome.lines)
+        if address is not None and outcome.proof is not None:
+            live = _prove(options.out, address, outcome.proof, options.patience_seconds)
+            content["live"] = live
+            _say(options, [f"live: {options.connect} serves serial {live}"])
     except CertificateError as error:
         if options.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        content["error"] = str(error)
+        status = error.exit_code
+        if not options.json:
+            print(f"error: {error}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(content, indent=2))
+    return status
 
 
-def _make(options: argparse.Namespace) -> int:
-    made = make_all(options.out, options.sites, options.host)
-    for line in made or ["nothing to do"]:
-        print(line)
-    return 0
+def _say(options: argparse.Namespace, lines: Sequence[str]) -> None:
+    """Print lines at once, unless all ends as one JSON document."""
+    if not options.json:
+        print("\n".join(lines), flush=True)
 
 
-def _verify(options: argparse.Namespace) -> int:
-    report = inspect_all(options.out)
-    print(_render_table(report))
-    for warning in report.warnings:
-        print(f"warning: {warning}")
-    for problem in report.problems:
-        print(f"problem: {problem}")
-    return 1 if report.problems else 0
+def _make(options: argparse.Namespace) -> _Outcome:
+    passphrase = _read_passphrase(options.root_passphrase_file)
+    begun = any((options.out / name).exists() for name in ("authority", NEXT_AUTHORITY))
+    if passphrase is None and not options.development and not begun:
+        raise MisuseError(
+            "The root's key needs a passphrase: name its file with --root-passphrase-file, or say "
+            "--development for keys that protect nobody's data."
+        )
+    made = make_all(options.out, options.sites, options.host, passphrase=passphrase)
+    return _Outcome(made or ["nothing to do"], {"made": made})
 
 
-def _render_table(report: Report) -> str:
-    """Return the rows of a report as aligned columns under a heading."""
-    lines = [COLUMNS]
-    for row in report.rows:
-        days = "-" if row.days_left is None else str(row.days_left)
-        matches = {True: "yes", False: "NO", None: "-"}[row.matches]
-        names = ", ".join(row.names) or "-"
-        lines.append((row.name, row.issuer, names, days, row.mode, matches))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
+def _verify(options: argparse.Namespace) -> _Outcome:
+    address = read_address(options.connect) if options.connect else None
+    report = inspect_all(options.out, connect=address)
+    return _Outcome(render_report(report), asdict(report), 1 if report.problems else 0)
+
+
+def _rotate(options: argparse.Namespace) -> _Outcome:
+    sites, superlink = options.sites, options.superlink or options.sites is None
+    if options.superlink and sites is None:
+        sites = []
+    rotated = rotate(options.out, sites, superlink=superlink, hosts=options.host)
+    proof = [one.name.removeprefix("sites/") for one in rotated if one.name != "superlink"]
+    return _Outcome(
+        render_rotated(rotated), {"rotated": [asdict(one) for one in rotated]}, proof=proof
     )
+
+
+def _rollover(options: argparse.Namespace) -> _Outcome:
+    passphrase = _read_passphrase(options.root_passphrase_file)
+    stage = roll_over(options.out, force=options.force, passphrase=passphrase)
+    return _Outcome(render_stage(stage), asdict(stage), proof=list_sites(options.out))
+
+
+def _revoke(options: argparse.Namespace) -> _Outcome:
+    revocation = revoke(options.out, options.site)
+    return _Outcome(
+        render_revocation(revocation), asdict(revocation), proof=list_sites(options.out)
+    )
+
+
+def _prove(
+    out: Path, address: tuple[str, int], sites: Sequence[str], patience_seconds: float
+) -> str:
+    """Wait until the running SuperLink serves the certificate on disk and takes those of sites.
+
+    Raises:
+        CertificateError: it does not in time; all that was changed stays changed.
+    """
+    folder = out / "superlink" / CURRENT
+    expected = format_serial(read_certificates(folder / "server.crt")[0])
+
+    def check() -> None:
+        served = serve_serial(address, folder / "root.crt")
+        if served != expected:
+            raise CertificateError(
+                f"The SuperLink at {address[0]}:{address[1]} still serves serial {served} instead "
+                f"of {expected}; check that it reads {folder}, and its log."
+            )
+        for site in sites:
+            client = out / "sites" / site / CURRENT
+            serve_serial(address, client / "ca.crt", client)
+
+    wait_for(check, patience_seconds)
+    return expected
+
+
+def _read_passphrase(path: Path | None) -> bytes | None:
+    """Return the passphrase in a file, without the end of its line."""
+    if path is None:
+        return None
+    passphrase = read_file(path).rstrip(b"\r\n")
+    if len(passphrase) < SHORTEST_PASSPHRASE:
+        raise MisuseError(
+            f"The passphrase in {path} has less than {SHORTEST_PASSPHRASE} characters; "
+            "write a longer one."
+        )
+    return passphrase
 
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m certs", description=__doc__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True)
-    make = commands.add_parser("make", help="make what is missing; never replaces anything")
-    make.add_argument("--sites", required=True, type=_split, help="site names, such as a,b,c")
-    make.add_argument(
-        "--host",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="DNS names or addresses under which sites reach the SuperLink, besides local ones",
-    )
-    verify = commands.add_parser("verify", help="check every certificate, key and the roster")
-    for command in (make, verify):
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], _Outcome], help_: str
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help_)
         command.add_argument("--out", required=True, type=Path, help="the folder of all parties")
+        command.add_argument("--json", action="store_true", help="print one JSON document")
+        command.set_defaults(run=run)
+        return command
+
+    make = add("make", _make, "make what is missing; never replaces anything")
+    make.add_argument("--sites", required=True, type=_split, help="site names, such as a,b,c")
+    make.add_argument("--development", action="store_true", help="leave the root's key open")
+    verify = add("verify", _verify, "check every certificate, key, roster and revocation list")
+    rotation = add("rotate", _rotate, "new keys and certificates for the SuperLink and all sites")
+    rotation.add_argument("--sites", type=_split, help="these sites only, such as a,b")
+    rotation.add_argument("--superlink", action="store_true", help="the SuperLink (and --sites)")
+    rollover = add("rollover", _rollover, "the next stage of a new authority")
+    rollover.add_argument("--force", action="store_true", help="retire although a site is behind")
+    revocation = add("revoke", _revoke, "a site may not come any more")
+    revocation.add_argument("--site", required=True, help="its name")
+    for command in (make, rotation):
+        command.add_argument(
+            "--host",
+            nargs="+",
+            action="extend",
+            default=[],
+            help="DNS names or addresses under which sites reach the SuperLink, besides others",
+        )
+    for command in (make, rollover):
+        command.add_argument(
+            "--root-passphrase-file", type=Path, help="holds the passphrase of the root's key"
+        )
+    for command in (verify, rotation, rollover, revocation):
+        command.add_argument("--connect", metavar="HOST:PORT", help="the running SuperLink")
+    for command in (rotation, rollover, revocation):
+        command.add_argument(
+            "--patience-seconds", type=float, default=30.0, help="how long it may take new files"
+        )
     return parser
 
 

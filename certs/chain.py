@@ -73,6 +73,15 @@ def fits(key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> bool
 
 def name_issuer(certificate: x509.Certificate) -> str:
     """Return the common name of a certificate's issuer, or all of its name without one."""
-    for attribute in certificate.issuer.get_attributes_for_oid(NameOID.COMMON_NAME):
+    return _name(certificate.issuer)
+
+
+def name_subject(certificate: x509.Certificate) -> str:
+    """Return the common name of a certificate's subject, or all of its name without one."""
+    return _name(certificate.subject)
+
+
+def _name(name: x509.Name) -> str:
+    for attribute in name.get_attributes_for_oid(NameOID.COMMON_NAME):
         return str(attribute.value)
-    return certificate.issuer.rfc4514_string()
+    return name.rfc4514_string()

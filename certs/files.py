@@ -49,7 +49,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, versioned: bool = 
         # mkdtemp gives mode 0700, which stays: nobody else lists or enters a folder of keys.
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise unwritable(folder, error) from error
     try:
         inside = scratch
         if versioned:
@@ -58,9 +58,12 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, versioned: bool = 
             (scratch / CURRENT).symlink_to(FIRST_VERSION)
         for name, content in files.items():
             _write_synced(inside / name, content)
+        for written in {inside, scratch}:
+            sync_folder(written)
         scratch.rename(folder)
+        sync_folder(folder.parent)
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise unwritable(folder, error) from error
     finally:
         # Gone after the rename; otherwise it holds keys that nobody will use.
         shutil.rmtree(scratch, ignore_errors=True)
@@ -76,8 +79,22 @@ def replace_file(path: Path, content: bytes) -> None:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
             _write_synced(Path(scratch) / path.name, content)
             (Path(scratch) / path.name).replace(path)
+        sync_folder(path.parent)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make what was renamed inside a folder survive a crash.
+
+    Raises:
+        OSError: the disk fails.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_file(path: Path) -> bytes:
@@ -118,6 +135,43 @@ def read_signing_key(path: Path) -> ed25519.Ed25519PrivateKey:
     return key
 
 
+def is_encrypted(path: Path) -> bool:
+    """Tell whether a PEM key file needs a passphrase.
+
+    Raises:
+        CertificateError: the file is missing or may not be read.
+    """
+    return b"BEGIN ENCRYPTED PRIVATE KEY" in read_file(path)
+
+
+def read_root_key(path: Path, passphrase: bytes | None) -> ec.EllipticCurvePrivateKey:
+    """Return the root's private key; a passphrase is not used on a key that has none.
+
+    Raises:
+        MisuseError: the passphrase is missing or wrong.
+        CertificateError: the file is missing or holds something else.
+    """
+    if not path.exists():
+        raise CertificateError(
+            f"{path} is not here: bring the root's key back for this stage; it may leave again "
+            "afterwards."
+        )
+    if not is_encrypted(path):
+        return read_tls_key(path)
+    if passphrase is None:
+        raise MisuseError(f"{path} has a passphrase; name its file with --root-passphrase-file.")
+    try:
+        key = serialization.load_pem_private_key(read_file(path), passphrase)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise MisuseError(
+            f"{path} cannot be opened with this passphrase; name the right file with "
+            "--root-passphrase-file."
+        ) from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise _unreadable(path, "an elliptic-curve private key")
+    return key
+
+
 def _read_pem_key(path: Path) -> object:
     """Whatever private key a PEM file holds."""
     try:
@@ -153,12 +207,16 @@ def read_certificates(path: Path) -> list[x509.Certificate]:
         raise _unreadable(path, "PEM certificates") from error
 
 
-def encode_key(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> bytes:
-    """Return a private key as unencrypted PEM, PKCS8."""
+def encode_key(
+    key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey, passphrase: bytes | None = None
+) -> bytes:
+    """Return a private key as PEM, PKCS8, encrypted if there is a passphrase."""
     return key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
+        serialization.NoEncryption()
+        if passphrase is None
+        else serialization.BestAvailableEncryption(passphrase),
     )
 
 
@@ -186,7 +244,8 @@ def _write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _unwritable(path: Path, error: OSError) -> CertificateError:
+def unwritable(path: Path, error: OSError) -> CertificateError:
+    """Return the error for a path that the disk or its modes refuse."""
     return CertificateError(
         f"{path} cannot be written ({error.strerror}); free the path or choose another folder."
     )

@@ -3,240 +3,205 @@
 from __future__ import annotations
 
 import datetime
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ed25519
-
-from certs.chain import accept_client, accept_server, fits, is_issued_by, name_issuer
+from certs.chain import (
+    accept_client,
+    accept_server,
+    fits,
+    is_issued_by,
+    name_subject,
+)
+from certs.change import CHANGE_FILE, NEXT_AUTHORITY
+from certs.crl import CRL_FILE, find_issuer, list_revoked, name_end, read_lists
 from certs.files import (
     CURRENT,
     CertificateError,
-    encode_public,
+    is_encrypted,
     read_certificates,
     read_file,
     read_signing_key,
     read_supernode_key,
     read_tls_key,
 )
-from certs.names import list_names
-from certs.parties import list_sites
+from certs.renewal import format_serial
 from certs.report import Report, Row
 from certs.roster import (
-    Roster,
+    ROSTER_FILE,
+    SIGNATURE_FILE,
     SiteKeys,
     encode_signing,
     encode_supernode,
     encode_tls,
-    read_roster,
 )
+from certs.trust import read_trust
+from certs.validity import judge_list
+from certs.walk import Walk
 
-WARNING_DAYS = 30
-FAILURE_DAYS = 7
 
-
-def inspect_all(out: Path, *, now: datetime.datetime | None = None) -> Report:
+def inspect_all(
+    out: Path,
+    *,
+    now: datetime.datetime | None = None,
+    connect: tuple[str, int] | None = None,
+) -> Report:
     """Check every certificate, key file and roster entry in `out`; changes nothing.
 
     Checked are: validity (a warning under 30 days, a problem under 7), the chain of each leaf
     against what the other side really trusts, names, modes of key files, that each key fits its
-    certificate, the roster's signature and that its entries are the keys in the folders.
+    certificate, the roster's signature and that its entries are the keys in the folders, and the
+    revocation list: signature, freshness, and that it names nobody in the roster.
 
     Args:
         out: the folder of all parties.
         now: the moment to check for, with a time zone; the present time if None.
+        connect: host and port of the running SuperLink, to compare with what it serves.
 
     Raises:
         CertificateError: there are no keys in `out` at all.
     """
     if not (out / "authority").is_dir():
         raise CertificateError(f"{out} holds no certificate authority; make the keys first.")
-    inspector = _Inspector(out, datetime.datetime.now(datetime.UTC) if now is None else now)
+    now = datetime.datetime.now(datetime.UTC) if now is None else now
+    inspector = _Inspector(out, now, connect)
     inspector.inspect_authorities()
     inspector.inspect_superlink()
     inspector.inspect_signers()
     for name in inspector.sites:
         inspector.inspect_site(name)
+    inspector.inspect_revocation()
     return inspector.report
 
 
-class _Inspector:
-    """One walk over all parties' folders, at one moment, into one report."""
-
-    def __init__(self, out: Path, now: datetime.datetime) -> None:
-        self.report = Report()
-        self.sites = list_sites(out)
-        self._out = out
-        self._now = now
-        self._coordinator: ed25519.Ed25519PublicKey | None = None
-        self._roster: Roster | None = None
-        with self._recorded():
-            key = read_signing_key(out / "coordinator" / "signing.key")
-            self._coordinator = key.public_key()
-            self._roster = read_roster(out / "coordinator", self._coordinator)
-            for name in self._roster.sites:
-                self.report.require(
-                    name in self.sites,
-                    f"The roster names site {name} but {out / 'sites' / name} is missing; "
-                    f"restore it.",
-                )
+class _Inspector(Walk):
+    """What is looked at, party by party."""
 
     def inspect_authorities(self) -> None:
         """Check the root and what it has issued."""
-        folder = self._out / "authority"
-        with self._recorded():
-            root = read_certificates(folder / "ca.crt")[0]
-            for name, path in (
-                ("root", folder / "ca.crt"),
-                ("server authority", folder / "server.crt"),
-                ("sites authority", folder / "sites.crt"),
-            ):
-                certificate = read_certificates(path)[0]
-                key = path.with_suffix(".key")
-                # The root's key may be kept elsewhere: it is not needed to issue leaves.
-                here = key.exists() or name != "root"
-                matches = fits(read_tls_key(key), certificate) if here else None
-                self._add_row(name, key, matches, certificate)
-                self.report.require(
-                    is_issued_by(certificate, root),
-                    f"{path} is not issued by {folder / 'ca.crt'}; restore it.",
-                )
+        for folder, prefix in (
+            (self.out / "authority", ""),
+            (self.out / NEXT_AUTHORITY, "next "),
+        ):
+            if not folder.exists():
+                continue
+            with self.recorded():
+                root = read_certificates(folder / "ca.crt")[0]
+                for name, path in (
+                    ("root", folder / "ca.crt"),
+                    ("server authority", folder / "server.crt"),
+                    ("sites authority", folder / "sites.crt"),
+                ):
+                    certificate = read_certificates(path)[0]
+                    key = path.with_suffix(".key")
+                    # The root's key may be kept elsewhere or have a passphrase: it is not needed
+                    # to issue leaves.
+                    closed = name == "root" and (not key.exists() or is_encrypted(key))
+                    matches = None if closed else fits(read_tls_key(key), certificate)
+                    self.add_row(f"{prefix}{name}", key, matches, certificate, leaf=False)
+                    self.report.require(
+                        is_issued_by(certificate, root),
+                        f"{path} is not issued by {folder / 'ca.crt'}; restore it.",
+                    )
 
     def inspect_superlink(self) -> None:
         """Check the SuperLink's leaf as each site and each local process will."""
-        folder = self._out / "superlink" / CURRENT
+        folder = self.out / "superlink" / CURRENT
         path = folder / "server.crt"
-        with self._recorded():
+        with self.recorded():
             chain = read_certificates(path)
             matches = fits(read_tls_key(folder / "server.key"), chain[0])
-            if not self._add_row("superlink", folder / "server.key", matches, chain[0]):
+            live = self.shake(None)
+            if not self.add_row("superlink", folder / "server.key", matches, chain[0], live):
                 return
-            sites = [self._out / "sites" / name / CURRENT / "ca.crt" for name in self.sites]
+            self.report.require(
+                live in (None, format_serial(chain[0])),
+                f"The running SuperLink serves serial {live} and not that of {path}; see its log.",
+            )
+            sites = [self.out / "sites" / name / CURRENT / "ca.crt" for name in self.sites]
             for anchors in (folder / "root.crt", *sites):
                 self.report.require(
-                    accept_server(chain, read_certificates(anchors), self._now),
+                    accept_server(chain, read_certificates(anchors), self.now),
                     f"{path} is not accepted by what trusts {anchors}; restore both files.",
                 )
 
     def inspect_signers(self) -> None:
         """Check the signing keys of the centre: coordinator and evaluator."""
         for name in ("coordinator", "evaluator"):
-            path = self._out / name / "signing.key"
-            with self._recorded():
+            path = self.out / name / "signing.key"
+            with self.recorded():
                 public = encode_signing(read_signing_key(path).public_key())
-                listed = getattr(self._roster, name, None)
-                self._add_row(f"{name} signing", path, public == listed)
-        self._check_coordinator(self._out / "evaluator")
+                listed = getattr(self.roster, name, None)
+                self.add_row(f"{name} signing", path, public == listed)
+        self.check_coordinator(self.out / "evaluator")
 
     def inspect_site(self, name: str) -> None:
         """Check a site's three keys, and its leaf as the SuperLink will."""
-        folder = self._out / "sites" / name / CURRENT
-        listed = self._roster.sites.get(name) if self._roster else None
-        with self._recorded():
+        folder = self.out / "sites" / name / CURRENT
+        listed = self.roster.sites.get(name) if self.roster else None
+        with self.recorded():
             chain = read_certificates(folder / "client.crt")
             tls = read_tls_key(folder / "client.key")
-            matches = fits(tls, chain[0]) and _is_listed(listed, tls=encode_tls(tls.public_key()))
-            if self._add_row(f"site {name}", folder / "client.key", matches, chain[0]):
-                anchors = self._out / "superlink" / CURRENT / "ca.crt"
+            # Only the first one listed is the present key: a site that still has the one before
+            # it missed a rotation.
+            public = encode_tls(tls.public_key())
+            matches = fits(tls, chain[0]) and listed is not None and listed.tls[:1] == (public,)
+            live = format_serial(chain[0]) if self.shake(folder) else None
+            if self.add_row(f"site {name}", folder / "client.key", matches, chain[0], live):
+                anchors = self.out / "superlink" / CURRENT / "ca.crt"
                 self.report.require(
-                    accept_client(chain, read_certificates(anchors), name, self._now),
+                    accept_client(chain, read_certificates(anchors), name, self.now),
                     f"{folder / 'client.crt'} is not accepted as site {name} by what trusts "
                     f"{anchors}; restore both files.",
                 )
-        with self._recorded():
+        with self.recorded():
             public = encode_supernode(read_supernode_key(folder / "supernode.key").public_key())
             matches = _is_listed(listed, supernode=public)
             matches &= read_file(folder / "supernode.pub").strip() == public.encode("ascii")
-            self._add_row(f"site {name} supernode", folder / "supernode.key", matches)
-        with self._recorded():
+            self.add_row(f"site {name} supernode", folder / "supernode.key", matches)
+        with self.recorded():
             signing = encode_signing(read_signing_key(folder / "signing.key").public_key())
             matches = _is_listed(listed, signing=signing)
-            self._add_row(f"site {name} signing", folder / "signing.key", matches)
-        self._check_coordinator(folder)
+            self.add_row(f"site {name} signing", folder / "signing.key", matches)
+        self.check_coordinator(folder)
 
-    def _add_row(
-        self,
-        name: str,
-        key: Path,
-        matches: bool | None,
-        certificate: x509.Certificate | None = None,
-    ) -> bool:
-        """Record one key and judge mode, match and validity; True if its dates are good."""
-        mode = "-"
-        if matches is not None:
-            bits = stat.S_IMODE(key.stat().st_mode)
-            mode = f"{bits:04o}"
+    def inspect_revocation(self) -> None:
+        """Check the revocation list, and that the SuperLink knows the roster that was signed."""
+        folder = self.out / "superlink" / CURRENT
+        path = folder / CRL_FILE
+        with self.recorded():
+            issuers = [one.certificate for one in read_trust(self.out).site_issuers]
+            lists = read_lists(path, issuers)
+            signers = [find_issuer(one, issuers) for one in lists]
+            for one, signer in zip(lists, signers, strict=True):
+                end, issuer = name_end(one), name_subject(signer) if signer else "-"
+                left = (end - self.now).days
+                row = Row(name="revocations", issuer=issuer, days_left=left, mode="-", matches=None)
+                self.report.rows.append(row)
+                judge_list(self.report, str(path), end, self.now)
             self.report.require(
-                bits & 0o077 == 0,
-                f"{key} has mode {mode} and can be read by others; run chmod 600 on it, "
-                f"and replace it if others use this machine.",
+                all(issuer in signers for issuer in issuers),
+                f"{path} lacks the list of an authority; run make or rotate.",
             )
-            self.report.require(
-                matches,
-                f"{key} does not match its certificate, its public file or the signed roster; "
-                f"restore it.",
-            )
-        if certificate is None:
-            self.report.rows.append(Row(name=name, mode=mode, matches=matches))
-            return True
-        left = certificate.not_valid_after_utc - self._now
-        self.report.rows.append(
-            Row(
-                name=name,
-                issuer=name_issuer(certificate),
-                names=list_names(certificate),
-                days_left=left.days,
-                mode=mode,
-                matches=matches,
-            )
+            revoked = list_revoked(lists)
+            for name in self.sites:
+                leaf = read_certificates(self.out / "sites" / name / CURRENT / "client.crt")[0]
+                self.report.require(
+                    leaf.serial_number not in revoked,
+                    f"The present certificate of site {name} is on the revocation list {path}; "
+                    f"run rotate, or revoke the site.",
+                )
+        for name in (ROSTER_FILE, SIGNATURE_FILE):
+            with self.recorded():
+                self.report.require(
+                    read_file(folder / name) == read_file(self.out / "coordinator" / name),
+                    f"{folder / name} is not the coordinator's; run make.",
+                )
+        self.check_coordinator(folder)
+        self.report.require(
+            not (self.out / CHANGE_FILE).exists(),
+            f"A change of {self.out} was interrupted; run the command that made it again.",
         )
-        return self._check_days(name, certificate)
-
-    def _check_days(self, name: str, certificate: x509.Certificate) -> bool:
-        """Judge when a certificate starts and ends; True if it is valid now."""
-        start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-        days = (end - self._now).days
-        if self._now < start:
-            self.report.require(
-                False,
-                f"The certificate of {name} is not valid before {start:%Y-%m-%d %H:%M} UTC; "
-                f"set this machine's clock.",
-            )
-        elif end < self._now:
-            self.report.require(
-                False, f"The certificate of {name} ended on {end:%Y-%m-%d}; issue a new one."
-            )
-        elif days < FAILURE_DAYS:
-            self.report.require(
-                False, f"The certificate of {name} ends in {days} days; issue a new one now."
-            )
-        elif days < WARNING_DAYS:
-            self.report.warnings.append(
-                f"The certificate of {name} ends in {days} days; plan a new one."
-            )
-        return start <= self._now <= end
-
-    def _check_coordinator(self, folder: Path) -> None:
-        """Check that a party verifies instructions with the coordinator's key."""
-        path = folder / "coordinator.pub"
-        with self._recorded():
-            expected = None if self._coordinator is None else encode_public(self._coordinator)
-            self.report.require(
-                read_file(path) == expected,
-                f"{path} is not the coordinator's public key; restore it.",
-            )
-
-    @contextmanager
-    def _recorded(self) -> Iterator[None]:
-        """Turn a file that cannot be read into a problem and go on with the next party."""
-        try:
-            yield
-        except CertificateError as error:
-            self.report.require(False, str(error))
 
 
 def _is_listed(listed: SiteKeys | None, **keys: str) -> bool:

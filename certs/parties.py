@@ -7,15 +7,16 @@ function writes one and returns the line that says what was made, where and unti
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-from certs.authority import Authority, issue_server, issue_site
+from certs.authority import issue_server, issue_site
+from certs.change import REVOKED_FILE
+from certs.crl import CRL_FILE, sign_lists
 from certs.files import (
-    encode_certificates,
     encode_key,
     encode_public,
     read_signing_key,
@@ -24,18 +25,33 @@ from certs.files import (
     write_folder,
 )
 from certs.names import list_names
-from certs.roster import SiteKeys, encode_signing, encode_supernode, encode_tls
+from certs.roster import (
+    Roster,
+    SiteKeys,
+    encode_signing,
+    encode_supernode,
+    encode_tls,
+    sign_roster,
+)
+from certs.trust import Trust
 
 
-def list_sites(out: Path) -> list[str]:
-    """Return the names of the sites whose keys are in `out`, sorted."""
+def list_sites(out: Path, *, revoked: bool = False) -> list[str]:
+    """Return the names of the sites whose keys are in `out`, sorted.
+
+    Args:
+        out: the folder of all parties.
+        revoked: whether those that were revoked count as well.
+    """
     if not (out / "sites").is_dir():
         return []
     return sorted(
         one.name
         for one in (out / "sites").iterdir()
         # A folder with a dot is one that an interrupted call did not finish.
-        if one.is_dir() and not one.name.startswith(".")
+        if one.is_dir()
+        and not one.name.startswith(".")
+        and (revoked or not (one / REVOKED_FILE).exists())
     )
 
 
@@ -48,28 +64,38 @@ def read_site_keys(folder: Path) -> SiteKeys:
     return SiteKeys(
         signing=encode_signing(read_signing_key(folder / "signing.key").public_key()),
         supernode=encode_supernode(read_supernode_key(folder / "supernode.key").public_key()),
-        tls=encode_tls(read_tls_key(folder / "client.key").public_key()),
+        tls=(encode_tls(read_tls_key(folder / "client.key").public_key()),),
     )
 
 
 def make_superlink(
-    out: Path, authority: Authority, hosts: Sequence[str], now: datetime.datetime
+    out: Path,
+    trust: Trust,
+    hosts: Sequence[str],
+    coordinator: ed25519.Ed25519PrivateKey,
+    roster: Roster,
+    revoked: Mapping[int, datetime.datetime],
+    now: datetime.datetime,
 ) -> str:
-    """Make the SuperLink's TLS key and certificate.
+    """Make the SuperLink's TLS key and certificate, and what it knows of the sites.
 
     `ca.crt` is what it trusts in its clients, the sites authority alone; `root.crt` is what
-    processes beside it (SuperExec, the `flwr` command) have to trust in it.
+    processes beside it (SuperExec, the `flwr` command) have to trust in it. `crl.pem` and the
+    roster say who of those clients may still come.
 
     Raises:
         CertificateError: the folder cannot be written.
     """
     key = ec.generate_private_key(ec.SECP256R1())
-    leaf = issue_server(authority.server, key.public_key(), hosts, now)
+    leaf = issue_server(trust.issuing.server, key.public_key(), hosts, now)
     files = {
         "server.key": encode_key(key),
-        "server.crt": encode_certificates(leaf, authority.server.certificate),
-        "ca.crt": encode_certificates(authority.sites.certificate),
-        "root.crt": encode_certificates(authority.root),
+        "server.crt": trust.chain(leaf),
+        "ca.crt": trust.clients,
+        "root.crt": trust.roots,
+        CRL_FILE: sign_lists(trust.site_issuers, revoked, now),
+        "coordinator.pub": encode_public(coordinator.public_key()),
+        **sign_roster(roster, coordinator),
     }
     write_folder(out / "superlink", files, versioned=True)
     return (
@@ -106,7 +132,7 @@ def make_evaluator(out: Path, coordinator: ed25519.Ed25519PublicKey) -> str:
 def make_site(
     out: Path,
     site: str,
-    authority: Authority,
+    trust: Trust,
     coordinator: ed25519.Ed25519PublicKey,
     now: datetime.datetime,
 ) -> str:
@@ -121,11 +147,11 @@ def make_site(
     client = ec.generate_private_key(ec.SECP256R1())
     # Flower makes its own SuperNode keys on P-384; OpenSSH is the format that it reads.
     supernode = ec.generate_private_key(ec.SECP384R1())
-    leaf = issue_site(authority.sites, client.public_key(), site, now)
+    leaf = issue_site(trust.issuing.sites, client.public_key(), site, now)
     files = {
         "client.key": encode_key(client),
-        "client.crt": encode_certificates(leaf, authority.sites.certificate),
-        "ca.crt": encode_certificates(authority.root),
+        "client.crt": trust.chain(leaf),
+        "ca.crt": trust.roots,
         "signing.key": encode_key(ed25519.Ed25519PrivateKey.generate()),
         "supernode.key": supernode.private_bytes(
             serialization.Encoding.PEM,

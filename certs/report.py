@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One private key, with its certificate if it has one."""
+    """One private key, with its certificate if it has one; or one revocation list."""
 
     name: str
     issuer: str = "-"
@@ -17,6 +17,12 @@ class Row:
     """Subject alternative names of the certificate."""
     days_left: int | None = None
     """Whole days until the certificate ends; negative afterwards, None without one."""
+    renewal: str | None = None
+    """Day from which it should be renewed, in UTC; None for what is not renewed by itself."""
+    serial: str | None = None
+    """Serial number of the certificate in the folder, in hex."""
+    live: str | None = None
+    """Serial number that a handshake with the running SuperLink used; None if none was made."""
     mode: str
     """Permission bits of the key file, such as `0600`."""
     matches: bool | None

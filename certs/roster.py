@@ -3,6 +3,9 @@
 `roster.json` binds a site's three keys to its name; `roster.sig` is the coordinator's Ed25519
 signature, in hex, over `fedqlora roster v1`, a newline and the exact bytes of `roster.json`.
 The first line keeps a signature over anything else from passing as one over a roster.
+
+A site reconnects some time after its TLS key was rotated: until the next rotation the roster
+lists both keys, the present one and the one before it.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
@@ -22,6 +25,7 @@ from certs.files import CertificateError, read_file, replace_file
 CONTEXT = b"fedqlora roster v1\n"
 ROSTER_FILE = "roster.json"
 SIGNATURE_FILE = "roster.sig"
+ACCEPTED_KEYS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +36,13 @@ class SiteKeys:
     """Ed25519 public key, 32 bytes in hex: verifies the site's replies."""
     supernode: str
     """Elliptic-curve public key, one line in OpenSSH format: registered with the SuperLink."""
-    tls: str
-    """SHA-256 in hex of the TLS key's SubjectPublicKeyInfo: survives a new certificate."""
+    tls: tuple[str, ...]
+    """SHA-256 in hex of each accepted TLS key's SubjectPublicKeyInfo: the present key, then the
+    one before the last rotation if there is one."""
+
+    def rotate(self, tls: str) -> SiteKeys:
+        """Return the keys after a change of TLS key: what was present is accepted once more."""
+        return replace(self, tls=(tls, *(key for key in self.tls if key != tls))[:ACCEPTED_KEYS])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +56,20 @@ class Roster:
     sites: Mapping[str, SiteKeys]
     """By site name."""
 
+    def follow(self, signed: Roster | None) -> Roster:
+        """Return this roster with the keys that the one before it still accepts.
+
+        Args:
+            signed: the roster before it, or None if this is the first one.
+        """
+        if signed is None:
+            return self
+        sites = {
+            name: signed.sites[name].rotate(keys.tls[0]) if name in signed.sites else keys
+            for name, keys in self.sites.items()
+        }
+        return replace(self, sites=sites)
+
     def encode(self) -> bytes:
         """Return the bytes of `roster.json`: equal rosters have equal bytes."""
         content = {
@@ -57,15 +80,21 @@ class Roster:
         return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
 
 
+def sign_roster(roster: Roster, key: ed25519.Ed25519PrivateKey) -> dict[str, bytes]:
+    """Return the roster's file and its signature's, by name; Ed25519 signs the same way again."""
+    content = roster.encode()
+    signature = key.sign(CONTEXT + content).hex().encode() + b"\n"
+    return {ROSTER_FILE: content, SIGNATURE_FILE: signature}
+
+
 def write_roster(folder: Path, roster: Roster, key: ed25519.Ed25519PrivateKey) -> None:
     """Sign a roster and write it, replacing the folder's previous one.
 
     Raises:
         CertificateError: the folder cannot be written.
     """
-    content = roster.encode()
-    replace_file(folder / ROSTER_FILE, content)
-    replace_file(folder / SIGNATURE_FILE, key.sign(CONTEXT + content).hex().encode() + b"\n")
+    for name, content in sign_roster(roster, key).items():
+        replace_file(folder / name, content)
 
 
 def read_roster(folder: Path, coordinator: ed25519.Ed25519PublicKey) -> Roster:
@@ -91,7 +120,7 @@ def read_roster(folder: Path, coordinator: ed25519.Ed25519PublicKey) -> Roster:
         roster = Roster(
             coordinator=fields["coordinator"],
             evaluator=fields["evaluator"]["signing"],
-            sites={name: SiteKeys(**keys) for name, keys in fields["sites"].items()},
+            sites={name: _read_site(keys) for name, keys in fields["sites"].items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CertificateError(f"{path} is not a roster; restore it.") from error
@@ -100,12 +129,25 @@ def read_roster(folder: Path, coordinator: ed25519.Ed25519PublicKey) -> Roster:
     return roster
 
 
+def _read_site(fields: Mapping[str, object]) -> SiteKeys:
+    """Read one site's entry; rosters written before keys rotated hold a single TLS key."""
+    tls = fields["tls"]
+    keys = [tls] if isinstance(tls, str) else tls
+    if not isinstance(keys, list) or not 1 <= len(keys) <= ACCEPTED_KEYS:
+        raise ValueError("not a list of TLS keys")
+    texts = [fields["signing"], fields["supernode"], *keys]
+    if len(fields) != 3 or not all(isinstance(one, str) for one in texts):
+        raise ValueError("not three kinds of keys")
+    signing, supernode, *accepted = (str(one) for one in texts)
+    return SiteKeys(signing=signing, supernode=supernode, tls=tuple(accepted))
+
+
 def compare_rosters(signed: Roster, found: Roster) -> list[str]:
     """Return one clause for each party of a signed roster whose keys were not found.
 
     Args:
         signed: what the coordinator signed.
-        found: what the key files say.
+        found: what the key files say; they hold the present TLS keys only.
     """
     differences = []
     if signed.evaluator != found.evaluator:
@@ -114,7 +156,8 @@ def compare_rosters(signed: Roster, found: Roster) -> list[str]:
         if name not in found.sites:
             differences.append(f"the roster names site {name}, whose folder is missing")
             continue
-        for kind, key in asdict(keys).items():
+        present = replace(keys, tls=keys.tls[:1])
+        for kind, key in asdict(present).items():
             if key != asdict(found.sites[name])[kind]:
                 differences.append(
                     f"the roster holds another {kind} key for site {name} than its folder"

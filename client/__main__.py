@@ -1,4 +1,4 @@
-"""Help for a hospital's administrator: `python -m client digest --models FOLDER NAME`."""
+"""Help for a hospital's administrator: `python -m client fetch|digest --models FOLDER NAME`."""
 
 from __future__ import annotations
 
@@ -6,24 +6,39 @@ import argparse
 import sys
 from pathlib import Path
 
+from client.fetch import fetch
 from fedqlora.engine.base import base_digest, resolve_base
 from fedqlora.errors import FedqloraError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print what `models.digests` in policy.toml needs; returns the exit status."""
+    """Parse the command line and carry it out; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m client", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     digest = commands.add_parser("digest", help="digest of a base model's files")
-    digest.add_argument("--models", type=Path, required=True, help="folder of base models")
-    digest.add_argument("base", help="folder in it, or a hub id")
+    digest.add_argument("base", help="folder in MODELS, or a hub id")
+    download = commands.add_parser("fetch", help="download a hub model and print its digest")
+    download.add_argument("base", help="hub id, such as google/flan-t5-base")
+    for command in (digest, download):
+        command.add_argument("--models", type=Path, required=True, help="folder of base models")
     options = parser.parse_args(arguments)
     try:
-        print(base_digest(resolve_base(options.base, options.models)))
+        if options.command == "digest":
+            print(base_digest(resolve_base(options.base, options.models)))
+        else:
+            _fetch(options.base, options.models)
     except FedqloraError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
     return 0
+
+
+def _fetch(hub_id: str, models: Path) -> None:
+    """Print the digest, and the lines of policy.toml that approve the model."""
+    folder, made = fetch(hub_id, models)
+    digest = base_digest(folder)
+    print(f"{'fetched' if made else 'found'} {folder}\ndigest: {digest}")
+    print(f'to approve it, in policy.toml:\n[models]\ndigests = ["{digest}"]')
 
 
 if __name__ == "__main__":

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 from typing import Literal
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
 from flwr.proto.fleet_pb2_grpc import FleetStub
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.node_pb2 import Node
 from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
+from fedqlora.credentials import NOT_ADMITTED
 from fedqlora.errors import FederationError
 from fedqlora.tls import Identity, probe_server
 
@@ -36,14 +37,17 @@ _HEARTBEAT_SECONDS = 30.0  # Flower's own interval, which it asks back in Activa
 
 
 def wait_until_enrolled(
-    superlink: tuple[str, int], identity: Identity, node_key: Path, wait_seconds: float | None
+    superlink: tuple[str, int],
+    identity: Identity,
+    key: ec.EllipticCurvePrivateKey,
+    wait_seconds: float | None,
 ) -> None:
     """Returns once the SuperLink has accepted this node in a trial.
 
     Args:
         superlink: host and port of the Fleet API.
         identity: this site's TLS identity.
-        node_key: file of the SuperNode's OpenSSH key.
+        key: the SuperNode's key, which lies in the same folder.
         wait_seconds: how long to wait for a SuperLink that does not answer; None for ever.
 
     Raises:
@@ -57,7 +61,7 @@ def wait_until_enrolled(
         now = time.monotonic()
         reason = "no answer"
         try:
-            state = _try_once(superlink, identity, node_key)
+            state = _try_once(superlink, identity, key)
         except OSError as error:
             state, reason = "silent", error.strerror or str(error)
         if state == "enrolled":
@@ -67,8 +71,8 @@ def wait_until_enrolled(
             first_refusal = first_refusal or now
             sentence = (
                 f"The SuperLink at {superlink[0]}:{superlink[1]} does not know the key "
-                f"{node_key}, or it is in use by another SuperNode: send supernode.pub to the "
-                "coordinator to have it registered."
+                f"{identity.folder / 'supernode.key'}, or it is in use by another SuperNode: "
+                "send supernode.pub to the coordinator to have it registered."
             )
             over = now - first_refusal > min(RESTART_PATIENCE_SECONDS, patience)
         else:
@@ -87,26 +91,17 @@ def wait_until_enrolled(
 
 
 def _try_once(
-    superlink: tuple[str, int], identity: Identity, node_key: Path
+    superlink: tuple[str, int], identity: Identity, key: ec.EllipticCurvePrivateKey
 ) -> Literal["enrolled", "refused", "silent"]:
     """One handshake with exact errors, then one activation and deactivation of this node."""
     host, port = superlink
     serial = probe_server(host, port, identity)
-    key = load_ssh_private_key(node_key.read_bytes(), None)
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise FederationError(f"{node_key} is not an elliptic-curve key: make a new one.")
     credentials = grpc.ssl_channel_credentials(
         identity.authority_pem, identity.key_pem, identity.chain_pem
     )
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     with grpc.secure_channel(address, credentials) as channel:
-        stub = FleetStub(
-            grpc.intercept_channel(
-                channel,
-                RuntimeVersionClientInterceptor(component_name="SuperNode"),
-                NodeAuthClientInterceptor(key, key.public_key()),
-            )
-        )
+        stub = _sign_calls(channel, key)
         try:
             node = stub.ActivateNode(
                 ActivateNodeRequest(
@@ -122,6 +117,35 @@ def _try_once(
     return "enrolled"
 
 
+def is_admitted(key: ec.EllipticCurvePrivateKey, channel: grpc.Channel) -> bool:
+    """Whether the SuperLink admits this node's calls over a channel; changes nothing there.
+
+    The question is a heartbeat for a node that cannot be, which every other check lets through to
+    Flower's own, the last; so the node itself may be online meanwhile.
+    """
+    stub = _sign_calls(channel, key)
+    try:
+        stub.SendNodeHeartbeat(
+            SendNodeHeartbeatRequest(node=Node(node_id=0), heartbeat_interval=_HEARTBEAT_SECONDS),
+            timeout=10.0,
+        )
+    except grpc.RpcError as error:
+        refused = error.details() == NOT_ADMITTED
+        return error.code() == grpc.StatusCode.UNAUTHENTICATED and not refused
+    return True
+
+
+def _sign_calls(channel: grpc.Channel, key: ec.EllipticCurvePrivateKey) -> FleetStub:
+    """The Fleet API with what Flower's SuperNode adds to each call."""
+    return FleetStub(
+        grpc.intercept_channel(
+            channel,
+            RuntimeVersionClientInterceptor(component_name="SuperNode"),
+            NodeAuthClientInterceptor(key, key.public_key()),
+        )
+    )
+
+
 def _judge(error: grpc.RpcError, where: str) -> Literal["refused", "silent"]:
     """Tells a refusal that may pass from one that will not, which is raised."""
     code, details = error.code(), error.details() or ""
@@ -129,6 +153,11 @@ def _judge(error: grpc.RpcError, where: str) -> Literal["refused", "silent"]:
         return "silent"
     if code == grpc.StatusCode.FAILED_PRECONDITION:
         return "refused"
+    if details == NOT_ADMITTED:
+        raise FederationError(
+            f"The SuperLink at {where} does not admit this site: its certificate is revoked, or "
+            "the coordinator's roster holds other keys for it; ask the coordinator."
+        )
     if "timestamp" in details:
         raise FederationError(
             f"The SuperLink at {where} refuses this node's signature because the clocks differ by "

@@ -25,6 +25,13 @@ class Models(Section):
     """SHA-256 digests of approved base models, as `python -m client digest` prints."""
 
 
+class Apps(Section):
+    """Which Flower apps may run beside the trainer; they reach nothing but its socket."""
+
+    digests: tuple[str, ...] = ()
+    """SHA-256 digests of approved apps, as `python -m server digest` prints; none: any app."""
+
+
 class Limits(Section):
     """The most that one run may ask for."""
 
@@ -47,6 +54,7 @@ class Policy(Section):
     """All rules of one site; a rule's name is its dotted key."""
 
     models: Models
+    apps: Apps = Apps()
     limits: Limits = Limits()
     metrics: Metrics = Metrics()
 

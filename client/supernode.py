@@ -1,35 +1,42 @@
 """Launcher of Flower's SuperNode: client certificate, one-sentence refusals, no silent death.
 
     python -m client.supernode --keys keys --superlink superlink.example.org:9092 \
-        --trainer-socket run/trainer.sock --state state/supernode
+        --state state/supernode --clientapp-api runtime:9094 --handover run/clientapp
 
-It makes outbound connections only. Before Flower starts, the key files are checked and the
-SuperLink is tried once: TLS in both directions, then the registration of this node's key. A
-SuperLink that does not answer is waited for. Afterwards Flower's SuperNode runs until it ends
-for whatever reason; then this process ends too, with status 75, and the supervisor (container,
-demo) starts it again. `client.enrolment` holds the trial.
+It reaches out only to the SuperLink; its own SuperExec, which runs the ClientApps elsewhere,
+reaches it at `--clientapp-api` with what it finds in the hand-over folder. Before Flower starts,
+the key files are checked and the SuperLink is tried once: TLS in both directions, then the
+registration of this node's key. A SuperLink that does not answer is waited for. Afterwards
+Flower's SuperNode runs until it ends for whatever reason; then this process ends too, with
+status 75, and the supervisor (container, demo) starts it again. `client.enrolment` holds the
+trial, `client.renewal` follows new certificates, `client.apps` says which apps may run.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from fedqlora.address import check_port_is_free, find_free_port, split_address
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+from client.apps import allow_only
+from client.handover import make_handover
+from client.policy import load_policy
+from fedqlora.address import check_port_is_free, split_address
 from fedqlora.errors import ConfigError, FedqloraError
-from fedqlora.tls import Identity, load_identity, prepare_grpc, read_key_file
+from fedqlora.supervised import Beat, run_supervised
+from fedqlora.tls import prepare_grpc, read_key_file
 
 logger = logging.getLogger("client")
-
-RESTART_STATUS = 75
-"""Exit status that asks the supervisor for a restart (EX_TEMPFAIL of sysexits.h)."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,19 +51,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--superlink", required=True, help="HOST:PORT of the coordinator's Fleet API"
     )
-    parser.add_argument(
-        "--trainer-socket", type=Path, required=True, help="unix socket of this site's trainer"
-    )
     parser.add_argument("--state", type=Path, required=True, help="folder for Flower's home")
     parser.add_argument(
-        "--isolation",
-        choices=["subprocess", "process"],
-        default="subprocess",
-        help="process: ClientApps run under a flower-superexec of their own (containers)",
+        "--clientapp-api", required=True, help="HOST:PORT where the SuperExec reaches this node"
     )
     parser.add_argument(
-        "--clientapp-api",
-        help="HOST:PORT where ClientApps reach this node (default: a free loopback port)",
+        "--handover", type=Path, required=True, help="folder for what the SuperExec needs to do so"
+    )
+    parser.add_argument(
+        "--policy", type=Path, help="the site's policy.toml; without it any app may run"
+    )
+    parser.add_argument(
+        "--beat", type=Path, help="file that is touched whenever the SuperLink has answered"
     )
     parser.add_argument(
         "--wait-seconds",
@@ -67,48 +73,42 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def check_node_key(identity: Identity) -> Path:
-    """Checks that `supernode.key` is what Flower signs with, and returns its path.
+def load_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Reads the key that Flower signs this node's calls with.
 
     Raises:
         ConfigError: it is missing or not an unencrypted OpenSSH key on a NIST curve.
     """
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-
     try:
-        key = load_ssh_private_key(read_key_file(identity.folder, "supernode.key"), None)
+        key = load_ssh_private_key(read_key_file(path.parent, path.name), None)
     except (ValueError, UnsupportedAlgorithm):
         key = None
-    path = identity.folder / "supernode.key"
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ConfigError(
             f"{path} is not an unencrypted OpenSSH key on a NIST curve: make it with `make certs`."
         )
-    return path
+    return key
 
 
 def run_supernode(arguments: argparse.Namespace) -> None:
     """Checks, waits for the SuperLink, then runs Flower; does not return once Flower has run.
 
     Raises:
-        ConfigError: a file, a folder or an address is wrong; nothing was started.
+        ConfigError: a file, a folder, the policy or an address is wrong; nothing was started.
         FederationError: the SuperLink refuses this node, is not who it should be, or did not
             answer within `--wait-seconds`.
     """
     prepare_grpc()
-    identity = load_identity(arguments.keys, "client")
-    node_key = check_node_key(identity)
+    from fedqlora.credentials import ClientCertificate, ReloadingIdentity
+
+    identities = ReloadingIdentity(arguments.keys, "client")
+    identity = identities.follow()
+    node_key = identity.folder / "supernode.key"
+    key = load_node_key(node_key)
     superlink = split_address(arguments.superlink, "--superlink")
-    if arguments.clientapp_api is None and arguments.isolation == "process":
-        raise ConfigError(
-            "--isolation process needs --clientapp-api HOST:PORT, where the ClientApp's "
-            "flower-superexec reaches this node."
-        )
-    api = arguments.clientapp_api or f"127.0.0.1:{find_free_port()}"
-    api_host, api_port = split_address(api, "--clientapp-api")
+    api_host, api_port = split_address(arguments.clientapp_api, "--clientapp-api")
     check_port_is_free(api_host, api_port, "--clientapp-api")
+    approved = () if arguments.policy is None else load_policy(arguments.policy).apps.digests
     try:
         arguments.state.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
@@ -116,15 +116,21 @@ def run_supernode(arguments: argparse.Namespace) -> None:
             f"The state folder {arguments.state} cannot be made ({error.strerror}): give its "
             "parent to this user."
         ) from None
-    _set_environment(arguments)
+    handover = make_handover(arguments.handover, arguments.state, api_host)
+    os.environ |= {
+        "FLWR_HOME": os.environ.get("FLWR_HOME", str(arguments.state.resolve() / "flwr")),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+    }
 
-    from client.enrolment import wait_until_enrolled
+    from client.enrolment import is_admitted, wait_until_enrolled
+    from client.renewal import Renewal
 
-    wait_until_enrolled(superlink, identity, node_key, arguments.wait_seconds)
+    wait_until_enrolled(superlink, identity, key, arguments.wait_seconds)
 
-    from fedqlora.credentials import present_client_certificate
-
-    present_client_certificate(identity)
+    accepts = functools.partial(is_admitted, key)
+    certificate = ClientCertificate(identity)
+    certificate.install()
     # Flower reads its options from the command line only.
     sys.argv = [
         "flower-supernode",
@@ -132,27 +138,21 @@ def run_supernode(arguments: argparse.Namespace) -> None:
         f"--superlink={arguments.superlink}",
         f"--root-certificates={identity.authority_path}",
         f"--auth-supernode-private-key={node_key}",
-        f"--isolation={arguments.isolation}",
+        "--isolation=process",
+        f"--superexec-auth-secret-file={handover.secret}",
         f"--host={api_host}",
         f"--port={api_port}",
+        f"--ssl-certfile={handover.certificate}",
+        f"--ssl-keyfile={handover.key}",
+        f"--ssl-ca-certfile={handover.certificate}",
     ]
-    _run_flower()
+    from flwr.supernode.cli import flower_supernode
 
-
-def _set_environment(arguments: argparse.Namespace) -> None:
-    """What Flower and the ClientApps that it starts find in their environment."""
-    os.environ |= {
-        "FEDQLORA_TRAINER_SOCKET": str(arguments.trainer_socket.resolve()),
-        "FLWR_HOME": os.environ.get("FLWR_HOME", str(arguments.state.resolve() / "flwr")),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        # How often the SuperExec asks for work; Flower's second would be added to every message.
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": os.environ.get(
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.1"
-        ),
-        # Flower starts its helpers by bare name, also where no virtual environment is active.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-    }
+    Pauses(Beat(arguments.beat)).install()
+    if approved:
+        allow_only(approved)
+    Renewal(identities, certificate, accepts).start()
+    run_supervised(flower_supernode, logger)
 
 
 class Pauses:
@@ -161,12 +161,23 @@ class Pauses:
     Flower looks for an instruction every 3 s and for its ClientApp's reply every 0.5 s. Here
     the wait for an instruction is a tenth of the time waited so far, at least 0.1 s and at most
     Flower's 3 s: short between rounds that follow each other, and an idle site asks no more
-    often than before. The reply comes from this machine, so it is looked for every 0.1 s.
+    often than before. The reply lies in this process's memory and is looked for every 0.05 s.
+
+    Looking sooner, it finds messages whose content the ServerApp is still sending, which Flower
+    asks for again after 1 s, 2 s, 4 s; here after 0.1 s, 0.2 s and so on up to Flower's 10 s.
     """
 
     SHORTEST_SECONDS = 0.1
+    REPLY_SECONDS = 0.05
 
-    def __init__(self) -> None:
+    def __init__(self, beat: Beat) -> None:
+        """Begins to wait.
+
+        Args:
+            beat: touched at each pause: Flower pauses only once the SuperLink has answered, or
+                while a ClientApp works.
+        """
+        self._beat = beat
         self._asked = 0.0
         self._since = 0.0
 
@@ -181,51 +192,26 @@ class Pauses:
         if seconds != self._asked:
             self._asked, self._since = seconds, now
         if seconds < 1:
-            return self.SHORTEST_SECONDS
+            return self.REPLY_SECONDS
         return min(seconds, max(self.SHORTEST_SECONDS, (now - self._since) / 10))
 
     def install(self) -> None:
         """Make Flower's loop take its pauses from here.
 
-        The loop has no setting, but it sleeps through its module's own name `time`, which is
-        all that is replaced.
+        The loop has no setting, but it sleeps and pulls through its module's own names `time`
+        and `pull_objects`, which are all that is replaced.
         """
         from flwr.supernode import start_client_internal
 
         def pause(seconds: float) -> None:
+            self._beat.touch()
             time.sleep(self.choose(seconds, time.monotonic()))
 
-        vars(start_client_internal)["time"] = SimpleNamespace(sleep=pause)
-
-
-def _run_flower() -> None:
-    """Runs Flower's SuperNode and ends the process: status 0 after SIGTERM, otherwise 75.
-
-    Flower's connection errors that speak of TLS end its worker but not its threads, an evicted
-    node sends itself SIGINT and exits with 0, and both look healthy from outside. So every end
-    but a SIGTERM is a fault, and `os._exit` leaves no thread behind.
-    """
-    from flwr.supernode.cli import flower_supernode
-
-    Pauses().install()
-    signals, written = os.pipe()
-    os.set_blocking(signals, False)
-    os.set_blocking(written, False)
-    signal.set_wakeup_fd(written, warn_on_full_buffer=False)
-    try:
-        flower_supernode()
-    except SystemExit as end:
-        logger.warning("Flower's SuperNode ended (status %s).", end.code)
-    except BaseException:
-        logger.exception("Flower's SuperNode failed.")
-    try:
-        stopped = signal.SIGTERM in os.read(signals, 4096)
-    except BlockingIOError:
-        stopped = False
-    if not stopped:
-        logger.warning("Leaving with status %d, to be started again.", RESTART_STATUS)
-    logging.shutdown()
-    os._exit(0 if stopped else RESTART_STATUS)
+        names = vars(start_client_internal)
+        names["time"] = SimpleNamespace(sleep=pause)
+        names["pull_objects"] = functools.partial(
+            names["pull_objects"], initial_backoff=self.SHORTEST_SECONDS
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

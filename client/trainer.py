@@ -13,6 +13,8 @@ import logging
 import sys
 from pathlib import Path
 
+import torch
+
 from client.policy import Policy, check, load_policy
 from fedqlora import protocol_pb2 as pb
 from fedqlora.audit import AuditLog
@@ -20,6 +22,7 @@ from fedqlora.codec import decode, encode
 from fedqlora.config import DataConfig, RunConfig
 from fedqlora.engine.base import resolve_base
 from fedqlora.engine.data import Tokenized, load_records, split_records, tokenize
+from fedqlora.engine.device import add_device_options, choose_device
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.service import Identity, Service, serve
 from fedqlora.engine.train import mean_loss, train
@@ -42,17 +45,25 @@ class Trainer:
         models: folder of base models, never written.
         policy: the site's rules.
         audit: the site's log; what cannot be logged is not done.
+        device: where it trains; None takes a GPU where there is one.
     """
 
     def __init__(
-        self, *, site: str, data: Path, models: Path, policy: Policy, audit: AuditLog
+        self,
+        *,
+        site: str,
+        data: Path,
+        models: Path,
+        policy: Policy,
+        audit: AuditLog,
+        device: torch.device | None = None,
     ) -> None:
         self._site = site
         self._data = data
         self._models = models
         self._policy = policy
         self._audit = audit
-        self._warm = WarmModel()
+        self._warm = WarmModel(device)
         self._examples: tuple[object, list[Tokenized], list[Tokenized]] | None = None
 
     def perform(
@@ -182,6 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--state", required=True, type=Path, help="replay window and audit log")
     parser.add_argument("--socket", required=True, type=Path, help="unix socket to serve on")
+    add_device_options(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
@@ -193,6 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
             models=options.models,
             policy=load_policy(options.policy),
             audit=AuditLog(options.state / "audit.jsonl"),
+            device=choose_device(options.device, options.memory_fraction),
         )
         serve(Service(identity, options.state / "window", trainer), options.socket)
     except FedqloraError as error:
@@ -200,7 +213,6 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         sys.stderr.write(f"trainer {options.site}: {error}\n")
         return error.exit_code
-    return 0
 
 
 if __name__ == "__main__":

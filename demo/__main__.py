@@ -11,13 +11,11 @@ from pathlib import Path
 from certs.files import CertificateError
 from demo.hospitals import Hospitals
 from demo.processes import LocalFederation
-from demo.table import render
 from fedqlora.config import RunConfig, load_run
-from fedqlora.errors import ConfigError, FederationError, FedqloraError
+from fedqlora.errors import ConfigError, FedqloraError
+from server import submit
+from server.bundle import REPOSITORY, pack
 from server.checkpoint import RunFolder
-from server.metrics import Metrics
-
-ROOT = Path(__file__).parents[1]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument(
-        "--home", type=Path, default=ROOT, help="keeps certificates, model, records and runs"
+        "--home", type=Path, default=REPOSITORY, help="keeps certificates, model, records and runs"
     )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="a new run")
@@ -58,16 +56,13 @@ def _run(options: argparse.Namespace) -> None:
     if options.rounds < 1:
         raise ConfigError(f"ROUNDS={options.rounds} is not a number of rounds; choose 1 or more")
     overrides = {
+        **submit.expect_sites(options.sites),
         "federation.rounds": options.rounds,
-        "federation.expected_sites": options.sites,
-        "federation.min_sites": min(options.sites, 2),
         "evaluation.enabled": True,
         # One score at the end: each costs as much as a round here.
         "evaluation.every_rounds": options.rounds,
     }
-    experiment = Path(options.experiment)
-    if experiment.suffix != ".toml":
-        experiment = ROOT / "experiments" / f"{experiment}.toml"
+    experiment = submit.find_experiment(options.experiment, REPOSITORY / "experiments")
     config = load_run(experiment, overrides)
     home = options.home.resolve()
     hospitals = Hospitals(config, options.sites, home)
@@ -100,15 +95,8 @@ def _federate(folder: RunFolder, config: RunConfig, hospitals: Hospitals) -> Non
         models=hospitals.models,
         held_out=hospitals.held_out if config.evaluation.enabled else None,
     ) as federation:
-        limit = config.federation.wait_seconds + (config.federation.rounds + 1) * (
-            config.federation.round_deadline_seconds + 600
-        )
-        result = federation.run(ROOT, {"run": folder.name}, timeout_seconds=limit, echo=_echo)
-    if not result.completed:
-        reason = folder.status().get("error") or result.details or "see its log"
-        raise FederationError(
-            f"run {folder.name} did not finish: {reason}; logs are in {folder.path / 'processes'}"
-        )
+        run_id = submit.start(folder, pack(REPOSITORY), federation.control)
+        submit.follow(folder, run_id, federation.control, folder.path / "processes")
 
 
 def _show(folder: RunFolder) -> str:
@@ -116,17 +104,9 @@ def _show(folder: RunFolder) -> str:
     return os.path.relpath(folder.path)
 
 
-def _echo(line: str) -> None:
-    """Show our own progress lines of the ServerApp's output."""
-    if " server " in line:
-        print(line.split(" server ", 1)[1], flush=True)
-
-
 def _report(folder: RunFolder, hospitals: Hospitals, baselines: bool) -> None:
     """Print the table, and keep it in the run folder."""
-    lines = Metrics(folder.path / "metrics.jsonl").read()
-    scores = {line["round"]: line["scores"] for line in lines if line["event"] == "evaluation"}
-    rows = {"untuned base": scores[0]}
+    rows = submit.read_scores(folder)
     if baselines:
         from demo.baselines import score_baselines
 
@@ -136,14 +116,10 @@ def _report(folder: RunFolder, hospitals: Hospitals, baselines: bool) -> None:
             folder.write_json(stored.name, found)
         trained = folder.read_json(stored.name)
         pooled = {name: row for name, row in trained.items() if name.startswith("all")}
-        rows |= {name: row for name, row in trained.items() if name not in pooled}
-        rows["federated"] = scores[max(scores)]
-        rows |= pooled
-    else:
-        rows["federated"] = scores[max(scores)]
-    table = render(rows)
-    (folder.path / "result.md").write_text(table + "\n", encoding="utf-8")
-    print(f"\n{table}\n\nrun folder: {_show(folder)}", flush=True)
+        alone = {name: row for name, row in trained.items() if name not in pooled}
+        federated = {"federated": rows.pop("federated")}
+        rows = rows | alone | federated | pooled
+    print(f"\n{submit.write_result(folder, rows)}\n\nrun folder: {_show(folder)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from demo.hospitals import Hospitals
-from demo.table import Scores
 from fedqlora.adapter import Adapter, add, initial_adapter
 from fedqlora.config import RunConfig, TrainingConfig
 from fedqlora.engine.data import Tokenized, load_records, split_records, tokenize
 from fedqlora.engine.evaluate import HeldOut, evaluate, load_held_out
 from fedqlora.engine.model import BaseModel, resolve_base
 from fedqlora.engine.train import train
+from server.table import Scores
 
 
 def load_sites(hospitals: Hospitals, base: BaseModel, run: RunConfig) -> dict[str, list[Tokenized]]:

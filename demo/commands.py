@@ -47,8 +47,6 @@ class Layout:
     """HOST:PORT of the Fleet API."""
     control: str
     """HOST:PORT of the Control and Runtime APIs."""
-    isolation: str
-    """`subprocess` or `process`."""
     extra: Mapping[str, str]
     """Environment variables for every process."""
 
@@ -90,7 +88,9 @@ def _serverapps(layout: Layout) -> ManagedProcess:
     return _describe(
         layout,
         "serverapps",
-        _superexec(layout.control, "--root-certificates", layout.authority),
+        _superexec(
+            layout.control, layout.authority, layout.scratch / "superlink" / "superexec.secret"
+        ),
         FLWR_HOME=layout.scratch / "serverapps",
         FEDQLORA_RUNS=layout.runs,
         FEDQLORA_COORDINATOR=layout.certs / "coordinator",
@@ -126,22 +126,20 @@ def _trainer(layout: Layout, site: LocalSite, data: Path, threads: int) -> Manag
 
 
 def _supernode(layout: Layout, site: LocalSite) -> list[ManagedProcess]:
-    name, socket = f"supernode-{site.name}", layout.socket_of(f"trainer-{site.name}")
+    name, clientapps = f"supernode-{site.name}", f"clientapps-{site.name}"
+    api, handover = f"127.0.0.1:{find_free_port()}", layout.scratch / f"handover-{site.name}"
     arguments = ["--keys", _site_keys(layout, site), "--superlink", layout.fleet]
-    arguments += ["--trainer-socket", socket, "--state", layout.scratch / name]
-    if layout.isolation == "subprocess":
-        return [_describe(layout, name, _module("client.supernode", *arguments))]
-    api = f"127.0.0.1:{find_free_port()}"
-    arguments += ["--isolation", "process", "--clientapp-api", api]
-    clientapps = f"clientapps-{site.name}"
+    arguments += ["--state", layout.scratch / name, "--clientapp-api", api, "--handover", handover]
+    if site.policy is not None:
+        arguments += ["--policy", site.policy.resolve()]
     return [
         _describe(layout, name, _module("client.supernode", *arguments)),
         _describe(
             layout,
             clientapps,
-            _superexec(api, "--insecure"),
+            _superexec(api, handover / "ca.crt", handover / "secret"),
             FLWR_HOME=layout.scratch / clientapps,
-            FEDQLORA_TRAINER_SOCKET=socket,
+            FEDQLORA_TRAINER_SOCKET=layout.socket_of(f"trainer-{site.name}"),
         ),
     ]
 
@@ -155,24 +153,21 @@ def _module(name: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", name, *map(str, arguments)]
 
 
-def _superexec(runtime_api: str, *arguments: object) -> list[str]:
-    """Flower's SuperExec for one Runtime API."""
-    program = Path(sys.executable).parent / "flower-superexec"
-    return [str(program), "--runtime-api-address", runtime_api, *map(str, arguments)]
+def _superexec(runtime_api: str, authority: Path, secret: Path) -> list[str]:
+    """A SuperExec for one Runtime API."""
+    credentials = ["--root-certificates", authority, "--secret", secret]
+    return _module("fedqlora.superexec", "--runtime-api", runtime_api, *credentials)
 
 
 def _describe(
     layout: Layout, name: str, command: list[str], **environment: object
 ) -> ManagedProcess:
     """A process with the environment that all share, and its own variables on top."""
-    search_path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     shared = {
-        "PATH": search_path,  # the SuperExec starts Flower's programs by bare name
         "PYTHONPATH": str(REPOSITORY),
         "PYTHONUNBUFFERED": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
     }
     return ManagedProcess(
         name,

@@ -16,7 +16,6 @@ import json
 import os
 import random
 import shutil
-import string
 import sys
 import tempfile
 import warnings
@@ -29,6 +28,7 @@ from datasets import Dataset
 from flwr_datasets.partitioner import DirichletPartitioner
 
 from demo.codes import CHAPTERS, Text, categories, group, read_codes, read_wordings
+from demo.names import site_names
 from fedqlora.errors import ConfigError, DataError, FedqloraError
 
 TRAINING_TEXTS = 160
@@ -77,17 +77,6 @@ def make_task(seed: int) -> Task:
         wordings += draw.sample(own, min(HELD_OUT_WORDINGS, len(own)))
     draw.shuffle(wordings)
     return Task(training, codes, wordings)
-
-
-def site_names(count: int) -> list[str]:
-    """a, b, c, ...
-
-    Raises:
-        ConfigError: fewer than 1 or more than 26.
-    """
-    if not 1 <= count <= len(string.ascii_lowercase):
-        raise ConfigError(f"SITES={count} is not between 1 and 26; choose a number in that range")
-    return list(string.ascii_lowercase[:count])
 
 
 def deal(texts: Sequence[Text], sites: int, seed: int) -> dict[str, list[Row]]:

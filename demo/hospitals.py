@@ -4,31 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from certs.files import CertificateError
-from certs.inspection import inspect_all
-from certs.site import make_all
 from demo.commands import LocalSite
-from demo.data import describe, make_data, site_names
+from demo.data import describe, make_data
+from demo.keys import make_keys
 from demo.model import NAME, make_model
+from demo.names import site_names
+from demo.policy import render_policy
 from fedqlora.config import RunConfig
 from fedqlora.engine.base import base_digest
 from fedqlora.errors import ConfigError
-
-POLICY = """\
-# What this hospital allows, whatever the coordinator asks. Every key: client/policy.py.
-
-[models]
-# Base models that may see our records; `python -m client digest` prints a folder's digest.
-digests = ["{digest}"]
-
-[limits]
-rank = 64
-steps = 200
-rounds = 100
-
-[metrics]
-allowed = ["examples", "tokens", "train_loss", "validation_loss", "step_seconds"]
-"""
 
 
 class Hospitals:
@@ -82,19 +66,18 @@ class Hospitals:
             print(f"made base model {NAME}", flush=True)
         if not self.data.exists():
             print(describe(make_data(self.data, len(self.names), self._seed)), flush=True)
-        for line in make_all(self.certs, self.names):
+        advice = (
+            "`make verify-certs` shows all, and in development the folder can be removed: the "
+            "next run makes it anew"
+        )
+        for line in make_keys(self.certs, self.names, (), advice):
             print(line, flush=True)
-        if problems := inspect_all(self.certs).problems:
-            raise CertificateError(
-                f"{self.certs} is not usable: {problems[0]}; `make verify-certs` shows all, and "
-                "in development the folder can be removed: the next run makes it anew"
-            )
         digest = base_digest(self.models / NAME)
         for name in self.names:
             policy = self._policy(name)
             # A hospital's own edits stay; a new base model needs a new approval.
             if not policy.exists() or digest not in policy.read_text(encoding="utf-8"):
-                policy.write_text(POLICY.format(digest=digest), encoding="utf-8")
+                policy.write_text(render_policy(digest), encoding="utf-8")
 
     def _policy(self, name: str) -> Path:
         return self.data / f"{name}.policy.toml"

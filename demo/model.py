@@ -16,9 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from fedqlora.errors import FedqloraError, ModelError
 
 NAME = "smollm2-135m-instruct"
@@ -77,6 +74,10 @@ def make_model(out: Path) -> bool:
 
 def _unpack(gguf: Path, folder: Path) -> None:
     """Dequantize the GGUF file and save model and tokenizer as an ordinary checkpoint."""
+    # Imported here: seconds, which a rerun that has nothing to make does not need.
+    import torch
+    import transformers
+
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

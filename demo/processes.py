@@ -4,8 +4,8 @@
         result = federation.run(app, {"run": "config.toml"})
 
 Processes by name: `superlink`, `serverapps` (the SuperExec that runs ServerApps), `evaluator`,
-and per site `trainer-<site>`, `supernode-<site>` and, with process isolation,
-`clientapps-<site>`. Each writes `<name>.log` in the federation's folder.
+and per site `trainer-<site>`, `supernode-<site>` and `clientapps-<site>` (the SuperExec that runs
+ClientApps). Each writes `<name>.log` in the federation's folder.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 from demo.commands import Layout, LocalSite, list_processes
-from demo.control import ControlClient, RunValue
-from demo.runs import RunResult, wait_for_run
 from demo.signals import StopSignals
 from demo.supervisor import Supervisor, is_serving
 from fedqlora.address import find_free_port
 from fedqlora.errors import ConfigError
+from server.bundle import pack
+from server.control import ControlClient, RunValue
+from server.runs import RunResult, wait_for_run
 
 __all__ = ["LocalFederation", "LocalSite", "RunResult"]
 
@@ -52,7 +53,6 @@ class LocalFederation:
         sites: Sequence[LocalSite],
         models: Path | None = None,
         held_out: Path | None = None,
-        isolation: Literal["subprocess", "process"] = "subprocess",
         environment: Mapping[str, str] | None = None,
         start_timeout_seconds: float = 300.0,
     ) -> None:
@@ -65,7 +65,6 @@ class LocalFederation:
             sites: the hospitals.
             models: folder of base models; needed for trainers and evaluator.
             held_out: held-out set; None starts no evaluator.
-            isolation: `process` gives each site a SuperExec of its own for its ClientApps.
             environment: added to that of every process.
             start_timeout_seconds: how long all of it may take to become ready.
         """
@@ -78,7 +77,6 @@ class LocalFederation:
             held_out=None if held_out is None else held_out.resolve(),
             fleet=f"127.0.0.1:{find_free_port()}",
             control=f"127.0.0.1:{find_free_port()}",
-            isolation=isolation,
             extra=dict(environment or {}),
         )
         self._sites = list(sites)
@@ -144,7 +142,7 @@ class LocalFederation:
     def start_run(self, app: Path, config: Mapping[str, RunValue]) -> int:
         """Starts a run and returns its id at once; see `run`."""
         with self.control() as control:
-            return control.start_run(app, config)
+            return control.start_run(pack(app), config)
 
     def wait_for_run(
         self,

@@ -11,9 +11,9 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from client.supernode import RESTART_STATUS
 from demo.process import ManagedProcess
 from fedqlora.errors import FederationError
+from fedqlora.supervised import RESTART_STATUS
 
 logger = logging.getLogger("demo")
 

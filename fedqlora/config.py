@@ -180,6 +180,8 @@ def load_run(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
         table = values
         for parent in parents:
             table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"{path}: {dotted} is not a known key; {parent} is no section")
         table[leaf] = value
     return validate(RunConfig, values, str(path))
 

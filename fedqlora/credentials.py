@@ -1,75 +1,54 @@
 """The one place where gRPC credentials that Flower makes are replaced.
 
-Flower 1.39 has neither mutual TLS nor certificate reload. It makes its credentials by calling
-`grpc.ssl_server_credentials` and `grpc.ssl_channel_credentials` through the `grpc` module, so
+Flower 1.39 has neither mutual TLS nor certificate reload. It makes its servers and channels by
+calling `grpc.ssl_server_credentials` and `grpc.secure_channel` through the `grpc` module, so
 replacing these two names before Flower starts is enough; `tests/launchers` fails when a new
 Flower goes another way.
 
 Guarantees: a server made after `serve_mutual_tls` accepts only clients whose certificate
 chains to `ca.crt` (and only TLS 1.3, after `fedqlora.tls.prepare_grpc`); a certificate that does
-not pass the checks of `fedqlora.tls` is never served; the last good one stays.
+not pass the checks of `fedqlora.tls` is never used; the last good one stays.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 
-from fedqlora.errors import ConfigError
-from fedqlora.tls import Identity, load_identity, resolve_current
+from fedqlora.channel import ReplaceableChannel
+from fedqlora.followed import Followed
+from fedqlora.tls import Identity, Role, load_identity
 
-logger = logging.getLogger("fedqlora")
+NOT_ADMITTED = "This site's certificate and node key are not admitted."
+"""What a SuperLink answers, with UNAUTHENTICATED, to a call that `server.admission` refuses.
+
+Not PERMISSION_DENIED: Flower's SuperNode takes that for a run that has ended and stays, with its
+heartbeat dead; after UNAUTHENTICATED it ends, as after an eviction."""
+
+_FILES: dict[Role, tuple[str, ...]] = {
+    "server": ("server.key", "server.crt", "ca.crt", "root.crt"),
+    "client": ("client.key", "client.crt", "ca.crt"),
+}
 
 
-class ReloadingIdentity:
-    """A server's identity that follows its folder: swapped when a new, valid one is there."""
+class ReloadingIdentity(Followed[Identity]):
+    """An identity that follows its folder: swapped when a new, valid one is there."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, role: Role = "server") -> None:
         """Loads the first identity.
 
         Raises:
             ConfigError: the files do not pass the checks.
         """
-        self._folder = folder
-        self._lock = threading.Lock()
-        self._good = load_identity(folder, "server")
-        self._seen = self._stamp()
-
-    def follow(self) -> Identity:
-        """Returns the newest identity that passed the checks; cheap when no file has changed.
-
-        A bad one is logged once, and again only after its files have changed.
-        """
-        with self._lock:
-            stamp = self._stamp()
-            if stamp != self._seen:
-                self._seen = stamp
-                try:
-                    self._good = load_identity(self._folder, "server")
-                    logger.info("Serving the certificate with serial %s.", self._good.serial)
-                except ConfigError as error:
-                    logger.error(
-                        "Keeping the certificate with serial %s, the new one is bad: %s",
-                        self._good.serial,
-                        error,
-                    )
-            return self._good
-
-    def _stamp(self) -> tuple[object, ...]:
-        """What changes when any of the files does; missing files count as a state."""
-        source = resolve_current(self._folder)
-        stamp: list[object] = [source]
-        for name in ("server.key", "server.crt", "ca.crt", "root.crt"):
-            try:
-                status = (source / name).stat()
-                stamp.append((status.st_ino, status.st_mtime_ns, status.st_size))
-            except OSError:
-                stamp.append(None)
-        return tuple(stamp)
+        super().__init__(
+            folder,
+            _FILES[role],
+            lambda source: load_identity(source, role),
+            lambda identity: f"the certificate with serial {identity.serial}",
+        )
 
 
 def serve_mutual_tls(identities: ReloadingIdentity) -> None:
@@ -107,15 +86,54 @@ def serve_mutual_tls(identities: ReloadingIdentity) -> None:
     grpc.ssl_server_credentials = replaced
 
 
-def present_client_certificate(identity: Identity) -> None:
-    """Makes every gRPC channel of this process present the client certificate."""
-    original = grpc.ssl_channel_credentials
+class ClientCertificate:
+    """What this process presents to the SuperLink; can be replaced while calls go on."""
 
-    def replaced(
-        root_certificates: bytes | None = None,  # noqa: ARG001
-        private_key: bytes | None = None,  # noqa: ARG001
-        certificate_chain: bytes | None = None,  # noqa: ARG001
-    ) -> grpc.ChannelCredentials:
-        return original(identity.authority_pem, identity.key_pem, identity.chain_pem)
+    def __init__(self, identity: Identity) -> None:
+        """Begins with an identity; nothing is presented before `install`."""
+        self.identity = identity
+        self._dial: Callable[[Identity], grpc.Channel] | None = None
+        self._channel: ReplaceableChannel | None = None
 
-    grpc.ssl_channel_credentials = replaced
+    def install(self) -> None:
+        """Makes the gRPC channels of this process present the certificate.
+
+        The one made last follows `replace`: Flower's SuperNode makes a single one.
+        """
+        original = grpc.secure_channel
+
+        def replaced(
+            target: str,
+            credentials: grpc.ChannelCredentials,  # noqa: ARG001
+            options: Sequence[tuple[str, Any]] | None = None,
+            compression: grpc.Compression | None = None,
+        ) -> grpc.Channel:
+            def dial(identity: Identity) -> grpc.Channel:
+                own = grpc.ssl_channel_credentials(
+                    identity.authority_pem, identity.key_pem, identity.chain_pem
+                )
+                return original(target, own, options, compression)
+
+            self._dial = dial
+            self._channel = ReplaceableChannel(dial(self.identity))
+            return self._channel
+
+        grpc.secure_channel = replaced
+
+    def replace(self, identity: Identity, accepts: Callable[[grpc.Channel], bool]) -> bool:
+        """Presents another identity from now on, over a new connection; returns whether it does.
+
+        Args:
+            identity: the new one, checked.
+            accepts: tries the new connection before it is used; the present one serves meanwhile
+                and stays if the answer is no.
+        """
+        if self._dial is None or self._channel is None:
+            return False
+        connection = self._dial(identity)
+        if not accepts(connection):
+            connection.close()
+            return False
+        self.identity = identity
+        self._channel.replace(connection)
+        return True

@@ -8,11 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Replace a file so that after a crash either the old or the whole new content is there."""
+def write_durably(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Replace a file so that after a crash either the old or the whole new content is there.
+
+    Args:
+        path: the file.
+        data: its new content.
+        mode: its permissions, of which the umask takes away; a secret's are 0o600.
+    """
     temporary = path.with_name(path.name + ".new")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -1,70 +1,99 @@
-"""Work on finished runs: `python -m server export RUN`, `python -m server ask RUN PROMPT`."""
+"""The coordinator's commands: `python -m server enrol|evict|run|resume|status|digest|...`."""
 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
 from pathlib import Path
 
-from fedqlora.errors import CheckpointError, ConfigError, FedqloraError
-from server.checkpoint import RunFolder
+from fedqlora.errors import FedqloraError
+from server import commands
+from server.bundle import REPOSITORY
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and carry it out; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m server", description=__doc__)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser("export", help="merge the adapter into a standard checkpoint")
-    export.add_argument("--out", type=Path, help="new folder; default RUN/merged")
-    ask = commands.add_parser("ask", help="answers of the base and of the tuned model")
-    for command in (export, ask):
-        command.add_argument("run", type=Path, help="a finished run's folder")
-        command.add_argument("--models", type=Path, default=Path(".cache/models"))
-    ask.add_argument("prompt")
-    ask.add_argument("--tokens", type=int, default=32, help="longest answer")
-    options = parser.parse_args(arguments)
+    options = build_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        folder = RunFolder(options.run)
-        adapter = folder.path / "adapter"
-        if not adapter.is_dir():
-            raise CheckpointError(
-                f"{folder.path} has no finished adapter; finish the run with `make resume RUN=...`"
-            )
-        if options.command == "export":
-            _export(folder, options.models, options.out or folder.path / "merged")
-        else:
-            _ask(folder, options.models, options.prompt, options.tokens)
+        options.command(options)
     except FedqloraError as error:
         if options.debug:
             raise
         sys.stderr.write(f"{error}\n")
         return error.exit_code
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
-def _export(folder: RunFolder, models: Path, out: Path) -> None:
-    """Merge into a folder that is not there yet."""
-    # Imported here: only these two commands need torch, and only after their input is checked.
-    from fedqlora.engine.base import resolve_base
-    from fedqlora.engine.export import merge
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; what every command of one cluster shares may come from variables."""
+    parser = argparse.ArgumentParser(prog="python -m server", description=__doc__)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands_ = parser.add_subparsers(required=True)
 
-    if out.exists():
-        raise ConfigError(f"{out} exists already; remove it or choose another OUT")
-    merge(resolve_base(folder.config().model.base, models), folder.path / "adapter", out)
-    print(f"merged checkpoint: {out}")
+    enrol = commands_.add_parser("enrol", help="register the keys of all sites in the roster")
+    enrol.set_defaults(command=commands.enrol)
+    evict = commands_.add_parser("evict", help="unregister a site for good; its key is burned")
+    evict.set_defaults(command=commands.evict)
+    evict.add_argument("site", help="its name in the roster")
+    run = commands_.add_parser("run", help="start a run, follow it, print its result")
+    run.set_defaults(command=commands.run)
+    run.add_argument("--experiment", required=True, help="a name in EXPERIMENTS, or a TOML file")
+    run.add_argument("--experiments", type=Path, default=REPOSITORY / "experiments")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="KEY=VALUE",
+        help="overrides the TOML file, such as federation.rounds=2; can be given again",
+    )
+    resume = commands_.add_parser("resume", help="continue a run that has not finished")
+    resume.set_defaults(command=commands.resume)
+    resume.add_argument("run", help="its run folder's name")
+    status = commands_.add_parser("status", help="sites and runs")
+    status.set_defaults(command=commands.show_status)
+    for command in (enrol, evict, run, resume, status):
+        _add(command, "--control", help="HOST:PORT of the SuperLink's Control API")
+        _add(command, "--root-certificates", Path, help="authority of the SuperLink's certificate")
+        command.add_argument(
+            "--wait-seconds", type=float, default=60.0, help="how long the SuperLink may take"
+        )
+    for command in (enrol, run):
+        _add(command, "--coordinator", Path, help="folder with signing.key and the signed roster")
+    for command in (run, resume, status):
+        _add(command, "--runs", Path, help="folder of run folders")
+    digest = commands_.add_parser("digest", help="digest of the app that `run` ships to sites")
+    digest.set_defaults(command=commands.digest)
+    for command in (run, resume, digest):
+        command.add_argument("--app", type=Path, default=REPOSITORY, help="holds pyproject.toml")
+
+    export = commands_.add_parser("export", help="merge the adapter into a standard checkpoint")
+    export.set_defaults(command=commands.export)
+    export.add_argument("--out", type=Path, help="new folder; default RUN/merged")
+    ask = commands_.add_parser("ask", help="answers of the base and of the tuned model")
+    ask.set_defaults(command=commands.ask)
+    for command in (export, ask):
+        command.add_argument("run", type=Path, help="a finished run's folder")
+        command.add_argument("--models", type=Path, default=Path(".cache/models"))
+    ask.add_argument("prompt")
+    ask.add_argument("--tokens", type=int, default=32, help="longest answer")
+    return parser
 
 
-def _ask(folder: RunFolder, models: Path, prompt: str, tokens: int) -> None:
-    """Print both answers."""
-    from fedqlora.engine.base import resolve_base
-    from fedqlora.engine.export import answer
-
-    if not prompt.strip():
-        raise ConfigError('the prompt is empty; give one, as in PROMPT="Diagnosis: ..."')
-    base = resolve_base(folder.config().model.base, models)
-    before, after = answer(base, folder.path / "adapter", prompt, tokens)
-    print(f"base:  {before.strip()}\ntuned: {after.strip()}")
+def _add(
+    parser: argparse.ArgumentParser, option: str, kind: type[str] | type[Path] = str, *, help: str
+) -> None:
+    """An option that a variable gives where the command line does not: FEDQLORA_CONTROL, ..."""
+    name = "FEDQLORA_" + option.strip("-").replace("-", "_").upper()
+    given = os.environ.get(name)
+    parser.add_argument(
+        option, type=kind, default=given, required=not given, help=f"{help} (or ${name})"
+    )
 
 
 if __name__ == "__main__":

@@ -18,19 +18,22 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from certs.files import CertificateError
-from certs.roster import Roster, read_roster
+from certs.roster import Roster
 from fedqlora import VERSION
 from fedqlora.config import RunConfig
 from fedqlora.errors import ConfigError, FedqloraError
-from fedqlora.keys import load_signing_key, public_key
+from fedqlora.keys import public_key
 from server.checkpoint import RunFolder
 from server.evaluation import Evaluator
 from server.exchange import Exchange
+from server.roster import load_roster
 from server.rounds import federate
 
 log = logging.getLogger("server")
 app = ServerApp()
+
+CLAIM_SECONDS = 90.0
+"""A ServerApp that was stopped notices at its next heartbeat, at the latest."""
 
 
 @app.main()
@@ -39,27 +42,24 @@ def main(grid: Grid, context: Context) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     folder = RunFolder(Path(_environment("FEDQLORA_RUNS")) / str(context.run_config["run"]))
-    try:
-        _run(folder, grid)
-    except FedqloraError as error:
-        folder.set_status("failed", error=str(error))
-        log.error("run %s failed: %s", folder.name, error)
-        raise
-    except Exception as error:
-        folder.set_status("failed", error=f"internal error: {type(error).__name__}; see the log")
-        raise
+    with folder.claim(CLAIM_SECONDS):
+        try:
+            _run(folder, grid)
+        except FedqloraError as error:
+            folder.set_status("failed", error=str(error))
+            log.error("run %s failed: %s", folder.name, error)
+            raise
+        except Exception as error:
+            reason = f"internal error: {type(error).__name__}; see the log"
+            folder.set_status("failed", error=reason)
+            raise
 
 
 def _run(folder: RunFolder, grid: Grid) -> None:
     folder.set_status("running", round=0)
     folder.write_json("versions.json", _versions())
     config = folder.config()
-    coordinator = Path(_environment("FEDQLORA_COORDINATOR"))
-    key = load_signing_key(coordinator / "signing.key")
-    try:
-        roster = read_roster(coordinator, key.public_key())
-    except CertificateError as error:
-        raise ConfigError(str(error)) from None
+    key, roster = load_roster(Path(_environment("FEDQLORA_COORDINATOR")))
     newest = folder.latest()
     exchange = Exchange(
         grid,

@@ -3,7 +3,7 @@
     runs/icd10-20260301-101500-1f3a/
       config.json        the whole configuration, defaults included
       versions.json      what it ran on
-      status.json        running, finished or failed, with the reason
+      status.json        running, stopped, finished or failed, with the reason
       metrics.jsonl      one line per event (metrics.py)
       rounds/0003/       adapter.safetensors and state.json, written atomically
       adapter/           the final adapter in PEFT's own format
@@ -13,10 +13,13 @@ A resumed run starts from the highest round folder; nothing else is needed of th
 
 from __future__ import annotations
 
+import fcntl
 import json
 import secrets
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +100,38 @@ class RunFolder:
         """The run's name in every envelope: no two folders share it."""
         return self.path.name
 
+    @contextmanager
+    def claim(self, wait_seconds: float) -> Iterator[None]:
+        """Keeps other processes from working on this run meanwhile; a dead one's claim is void.
+
+        A ServerApp that was stopped or cut off may live for some seconds; two of them on one run
+        would send sites two instructions for one round.
+
+        Args:
+            wait_seconds: how long another process may still take to end.
+
+        Raises:
+            CheckpointError: another process still works on it, or the folder cannot be written.
+        """
+        deadline = time.monotonic() + wait_seconds
+        try:
+            file = (self.path / ".claim").open("ab")
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+        with file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise CheckpointError(
+                            f"another process still works on run {self.name}; stop that run, or "
+                            "wait until it ends"
+                        ) from None
+                time.sleep(0.1)
+            yield
+
     def config(self) -> RunConfig:
         """The configuration as run.
 
@@ -107,7 +142,7 @@ class RunFolder:
         return validate(RunConfig, self.read_json("config.json"), str(self.path / "config.json"))
 
     def set_status(self, status: str, **facts: str | int) -> None:
-        """Write status.json: running, finished or failed."""
+        """Write status.json: running, stopped, finished or failed."""
         self.write_json("status.json", {"status": status, **facts})
 
     def status(self) -> dict[str, Any]:

@@ -11,10 +11,13 @@ import logging
 import sys
 from pathlib import Path
 
+import torch
+
 from fedqlora import protocol_pb2 as pb
 from fedqlora.codec import decode
 from fedqlora.config import RunConfig
 from fedqlora.engine.base import resolve_base
+from fedqlora.engine.device import add_device_options, choose_device
 from fedqlora.engine.evaluate import evaluate, load_held_out
 from fedqlora.engine.service import Identity, Service, serve
 from fedqlora.engine.warm import WarmModel
@@ -30,12 +33,13 @@ class Scorer:
     Args:
         held_out: folder with the held-out set.
         models: folder of base models.
+        device: where it computes; None takes a GPU where there is one.
     """
 
-    def __init__(self, held_out: Path, models: Path) -> None:
+    def __init__(self, held_out: Path, models: Path, device: torch.device | None = None) -> None:
         self._held_out = held_out
         self._models = models
-        self._warm = WarmModel()
+        self._warm = WarmModel(device)
 
     def perform(
         self,
@@ -72,12 +76,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--state", required=True, type=Path, help="keeps the replay window")
     parser.add_argument("--socket", required=True, type=Path, help="unix socket to serve on")
+    add_device_options(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
         identity = Identity.load(NAME, options.keys)
-        scorer = Scorer(options.held_out, options.models)
+        device = choose_device(options.device, options.memory_fraction)
+        scorer = Scorer(options.held_out, options.models, device)
         # Everything here is the coordinator's own, so every error may be said in full.
         service = Service(identity, options.state / "window", scorer, (FedqloraError,))
         serve(service, options.socket)
@@ -86,7 +92,6 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         sys.stderr.write(f"evaluator: {error}\n")
         return error.exit_code
-    return 0
 
 
 if __name__ == "__main__":

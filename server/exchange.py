@@ -1,12 +1,14 @@
 """Exchange: one signed instruction to each of some sites, verified replies as they arrive.
 
 The only place that talks to Flower's Grid. Flower's own `send_and_receive` polls every 3 s
-and holds all replies until the last; this one polls faster and hands over one at a time.
+and holds all replies until the last; this one polls faster and hands over one at a time
+(docs/adr/0005-polling.md).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +19,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.superlink.grid import http_grid
 from google.protobuf.message import DecodeError
 
 from fedqlora import protocol_pb2 as pb
@@ -31,7 +34,14 @@ from fedqlora.errors import EnvelopeError, FederationError, SignatureError
 
 log = logging.getLogger("server")
 
-POLL_SECONDS = 0.25
+# Shared by all sites that have not answered: few are asked often, many do not flood the SuperLink.
+LOOKS_PER_SECOND = 20
+# Looking sooner, the grid finds replies that are still arriving; Flower waits 1, 2, 4 s then.
+FIRST_RETRY_SECONDS = 0.1
+vars(http_grid)["pull_objects"] = functools.partial(
+    vars(http_grid)["pull_objects"], initial_backoff=FIRST_RETRY_SECONDS
+)
+
 LATE = "late"
 LOST = "lost"
 REFUSED = "refused"
@@ -165,7 +175,7 @@ class Exchange:
             if pending and time.monotonic() > deadline:
                 break
             if pending:
-                time.sleep(POLL_SECONDS)
+                time.sleep(len(pending) / LOOKS_PER_SECOND)
         for node, site, _, size in pending.values():
             reason = f"no reply within {deadline_seconds:g} s"
             yield Answer(node=node, site=site, failure=LATE, reason=reason, sent_bytes=size)

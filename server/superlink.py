@@ -3,7 +3,8 @@
     python -m server.superlink --certs certs/out/superlink --state state/superlink
 
 Two listeners. The Fleet API (gRPC, `--fleet`) is what sites reach: TLS 1.3 only, a client
-certificate from our authority is required, and each SuperNode signs with a registered key.
+certificate from our authority is required, and each SuperNode signs with a registered key. Every
+call is checked against the roster and the revocation lists of that moment (`server.admission`).
 The Control and Runtime APIs (HTTPS, `--control`) start runs and serve the ServerApp: Flower
 gives them no login, so they stay on loopback or an admin network; they use the same
 certificate, which therefore must name that address too.
@@ -16,6 +17,7 @@ import functools
 import ipaddress
 import logging
 import os
+import secrets
 import ssl
 import sys
 from collections.abc import Sequence
@@ -24,12 +26,16 @@ from typing import TYPE_CHECKING
 
 from fedqlora.address import check_port_is_free, split_address
 from fedqlora.errors import ConfigError, FedqloraError
+from fedqlora.files import write_durably
 from fedqlora.tls import Identity, prepare_grpc
 
 if TYPE_CHECKING:
     from fedqlora.credentials import ReloadingIdentity
 
 logger = logging.getLogger("server")
+
+SECRET_BYTES = 32
+SHUTDOWN_SECONDS = 5
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -39,7 +45,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--certs",
         type=Path,
         required=True,
-        help="folder with server.key, server.crt (chain), ca.crt and root.crt, or a `current` link",
+        help="folder with server.key, server.crt (chain), ca.crt, root.crt, crl.pem, "
+        "coordinator.pub and the signed roster, or a `current` link",
     )
     parser.add_argument(
         "--state", type=Path, required=True, help="folder for the database and Flower's home"
@@ -51,6 +58,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--control",
         default="127.0.0.1:8000",
         help="HOST:PORT of the Control and Runtime APIs; they have no login (default %(default)s)",
+    )
+    parser.add_argument(
+        "--superexec-secret",
+        type=Path,
+        help="file shared with the SuperExec, made if missing (default: STATE/superexec.secret)",
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(arguments)
@@ -71,6 +83,25 @@ def prepare_state(folder: Path) -> Path:
             f"The state folder {folder} cannot be written ({error.strerror}): give it to this user."
         ) from None
     return folder.resolve() / "superlink.sqlite"
+
+
+def prepare_secret(path: Path) -> Path:
+    """Makes the secret that the SuperExec signs with, unless it is there.
+
+    It stays the same over restarts: a SuperExec with a running ServerApp waits meanwhile.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_durably(path, secrets.token_bytes(SECRET_BYTES), 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"The secret {path} cannot be written ({error.strerror}): give its folder to this user."
+        ) from None
+    return path
 
 
 def serve_http_from(identities: ReloadingIdentity) -> None:
@@ -98,7 +129,12 @@ def serve_http_from(identities: ReloadingIdentity) -> None:
         connection.context = newest
 
     first.set_servername_callback(use_newest)  # type: ignore[arg-type]  # asyncio: SSLObject only
-    uvicorn.run = functools.partial(uvicorn.run, ssl_context_factory=lambda *_: first)
+    uvicorn.run = functools.partial(
+        uvicorn.run,
+        ssl_context_factory=lambda *_: first,
+        # Whoever follows a run holds a connection for hours: an end does not wait for that.
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+    )
 
 
 def run_superlink(arguments: argparse.Namespace) -> None:
@@ -109,14 +145,17 @@ def run_superlink(arguments: argparse.Namespace) -> None:
     """
     prepare_grpc()
     from fedqlora.credentials import ReloadingIdentity, serve_mutual_tls
+    from server.admission import Admission
 
     identities = ReloadingIdentity(arguments.certs)
     good = identities.follow()
+    admission = Admission(arguments.certs)
     fleet_host, fleet_port = split_address(arguments.fleet, "--fleet")
     control_host, control_port = split_address(arguments.control, "--control")
     check_port_is_free(fleet_host, fleet_port, "--fleet")
     check_port_is_free(control_host, control_port, "--control")
     database = prepare_state(arguments.state)
+    secret = prepare_secret(arguments.superexec_secret or database.parent / "superexec.secret")
     if control_host != "localhost" and not _is_loopback(control_host):
         logger.warning(
             "The Control API on %s has no login: whoever reaches it starts code on every site.",
@@ -130,6 +169,7 @@ def run_superlink(arguments: argparse.Namespace) -> None:
     from flwr.superlink.cli import flower_superlink
 
     serve_mutual_tls(identities)
+    admission.install()
     serve_http_from(identities)
     logger.info(
         "Certificate with serial %s, valid until %s UTC.",
@@ -148,6 +188,7 @@ def run_superlink(arguments: argparse.Namespace) -> None:
         f"--ssl-ca-certfile={good.authority_path}",
         "--enable-supernode-auth",
         "--isolation=process",
+        f"--superexec-auth-secret-file={secret}",
         f"--database={database}",
         "--disable-runtime-dependency-installation",
     ]

@@ -21,6 +21,8 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "vocab.json",
 )
+HUB_FILES = ["*.safetensors", "*.json", *TOKENIZER_FILES]
+"""What is taken from a hub: no pickled weights, no code."""
 
 
 def resolve_base(base: str, models: Path) -> Path:
@@ -45,11 +47,7 @@ def resolve_base(base: str, models: Path) -> Path:
             )
         return folder
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                base, allow_patterns=["*.safetensors", "*.json", *TOKENIZER_FILES]
-            )
-        )
+        return Path(huggingface_hub.snapshot_download(base, allow_patterns=HUB_FILES))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"base model {base[:200]!r} is neither a folder under {models} nor on the hub "

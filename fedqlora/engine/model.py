@@ -26,6 +26,7 @@ from peft.helpers import disable_input_dtype_casting
 from fedqlora.adapter import Adapter, AdapterSpec, check_update
 from fedqlora.config import LoraConfig, ModelConfig
 from fedqlora.engine.base import base_digest, resolve_base
+from fedqlora.engine.device import choose_device
 from fedqlora.errors import ModelError
 
 __all__ = ["BaseModel", "Family", "base_digest", "resolve_base"]
@@ -72,7 +73,13 @@ class BaseModel:
         }
 
     @classmethod
-    def load(cls, folder: Path, model: ModelConfig, lora: LoraConfig) -> BaseModel:
+    def load(
+        cls,
+        folder: Path,
+        model: ModelConfig,
+        lora: LoraConfig,
+        device: torch.device | None = None,
+    ) -> BaseModel:
         """Load, quantize and prepare a base model.
 
         The class follows from the base's config: an encoder-decoder (T5, BART) is loaded as a
@@ -83,12 +90,13 @@ class BaseModel:
             folder: a checkpoint folder, from `resolve_base`.
             model: quantization and compute type.
             lora: the adapter.
+            device: where it computes; None takes a GPU where there is one.
 
         Raises:
             ModelError: the folder holds no usable checkpoint or tokenizer, or the base lacks
                 a layer that the adapter targets.
         """
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = choose_device() if device is None else device
         dtype = _compute_dtype(model.compute_dtype, device)
         base, tokenizer, family = load_checkpoint(
             folder, dtype=dtype, device=device, quantized=model.quantization == "nf4"

@@ -12,11 +12,10 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -152,10 +151,10 @@ class Service(protocol_pb2_grpc.TrainerServicer):
                     )
                     return stored
                 kind, payload = self._carry_out(instruction)
+                reply = self._sign(header, kind, payload, instruction.digest)
+                self._window.keep(instruction, reply)
             except Exception as error:
                 return self._refuse(header, instruction.digest, error)
-            reply = self._sign(header, kind, payload, instruction.digest)
-            self._window.keep(instruction, reply)
             return reply
 
     def _check_addressee(self, header: pb.Header) -> None:
@@ -222,13 +221,15 @@ def parse_config(text: str) -> RunConfig:
     return validate(RunConfig, values, "the instruction's configuration")
 
 
-def serve(service: Service, socket: Path, on_stop: Callable[[], None] = lambda: None) -> None:
+def serve(service: Service, socket: Path) -> NoReturn:
     """Serve on a unix socket until SIGTERM or SIGINT, with the standard health service.
+
+    Then the process ends, with status 0, also in the middle of a round: everything that is kept
+    is written whole at once, and the same instruction is carried out again after a restart.
 
     Args:
         service: what answers.
         socket: path of the socket; a stale one is replaced; mode 0660.
-        on_stop: called once no exchange is running any more.
 
     Raises:
         ConfigError: the path is too long for a unix socket or its folder is missing.
@@ -255,6 +256,7 @@ def serve(service: Service, socket: Path, on_stop: Callable[[], None] = lambda: 
     log.info("serving on %s", socket.name)
     stop.wait()
     checks.enter_graceful_shutdown()
-    # A round cut off here is not lost: the same instruction is carried out after a restart.
     server.stop(grace=2).wait()
-    on_stop()
+    # A thread that trains would hold an ordinary exit back until its round is over.
+    logging.shutdown()
+    os._exit(0)

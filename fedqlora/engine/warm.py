@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from fedqlora.config import LoraConfig, ModelConfig
 from fedqlora.engine.base import base_digest
 from fedqlora.engine.model import BaseModel
 
 
 class WarmModel:
-    """At most one loaded base model, replaced when another one is asked for."""
+    """At most one loaded base model, replaced when another one is asked for.
 
-    def __init__(self) -> None:
+    Args:
+        device: where it computes; None takes a GPU where there is one.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
         self._key: tuple[Path, ModelConfig, LoraConfig] | None = None
         self._base: BaseModel | None = None
         self._digests: dict[Path, tuple[tuple[tuple[str, int, int], ...], str]] = {}
@@ -35,6 +42,6 @@ class WarmModel:
         if self._base is None or self._key != key:
             # Freed before the next one is loaded: two would not fit beside each other.
             self._base, self._key = None, None
-            self._base = BaseModel.load(folder, model, lora)
+            self._base = BaseModel.load(folder, model, lora, self._device)
             self._key = key
         return self._base

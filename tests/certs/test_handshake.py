@@ -3,82 +3,16 @@
 from __future__ import annotations
 
 import datetime
-import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
 
 from certs.authority import Issuer, issue_server, issue_site, read_authority
 from certs.files import encode_certificates, read_tls_key
 from certs.site import make_all
+from tests.certs.peers import assert_refused, call, call_as_site, serving, superlink
 
 NOW = datetime.datetime.now(datetime.UTC)
-
-
-class _Peer(grpc.GenericRpcHandler):
-    """Answers every call with what TLS says about the caller."""
-
-    def service(self, handler_call_details: Any) -> Any:  # noqa: ARG002
-        def answer(_: bytes, context: Any) -> bytes:
-            peer = context.auth_context()
-            return json.dumps({key: value[0].decode() for key, value in peer.items()}).encode()
-
-        return grpc.unary_unary_rpc_method_handler(answer)
-
-
-@contextmanager
-def _serving(key: bytes, chain: bytes, trust: bytes) -> Iterator[int]:
-    """Run a server that insists on client certificates; yields its port."""
-    server = grpc.server(ThreadPoolExecutor(2))
-    server.add_generic_rpc_handlers((_Peer(),))
-    credentials = grpc.ssl_server_credentials([(key, chain)], trust, require_client_auth=True)
-    port = server.add_secure_port("127.0.0.1:0", credentials)
-    server.start()
-    try:
-        yield port
-    finally:
-        server.stop(None).wait()
-
-
-@contextmanager
-def _superlink(out: Path) -> Iterator[int]:
-    """Run a server with the SuperLink's files, as its launcher does."""
-    folder = out / "superlink" / "current"
-    with _serving(
-        *((folder / name).read_bytes() for name in ("server.key", "server.crt", "ca.crt"))
-    ) as port:
-        yield port
-
-
-def _call(
-    port: int, trust: bytes, key: bytes | None, chain: bytes | None, host: str = "localhost"
-) -> dict[str, str]:
-    """Call the server by one of its names; returns what it saw of the caller."""
-    credentials = grpc.ssl_channel_credentials(trust, key, chain)
-    # Only the name is replaced, not the check: the certificate has to be valid for `host`.
-    options = (("grpc.ssl_target_name_override", host),)
-    with grpc.secure_channel(f"127.0.0.1:{port}", credentials, options) as channel:
-        seen: dict[str, str] = json.loads(channel.unary_unary("/peer/see")(b"", timeout=20))
-        return seen
-
-
-def _call_as_site(port: int, out: Path, site: str = "a", host: str = "localhost") -> dict[str, str]:
-    """Call with a site's files, as its launcher does."""
-    folder = out / "sites" / site / "current"
-    files = ((folder / name).read_bytes() for name in ("ca.crt", "client.key", "client.crt"))
-    return _call(port, *files, host)
-
-
-def _assert_refused(call: Callable[[], object], reason: str = "") -> None:
-    with pytest.raises(grpc.RpcError) as caught:
-        call()
-    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert reason in caught.value.details()
 
 
 @pytest.fixture(scope="module")
@@ -93,40 +27,40 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_site_is_accepted_over_tls_1_3_under_each_of_the_servers_names(
     federation: Path, host: str
 ) -> None:
-    with _superlink(federation) as port:
-        seen = _call_as_site(port, federation, "b", host)
+    with superlink(federation) as port:
+        seen = call_as_site(port, federation, "b", host)
     assert seen["ssl_tls_version"] == "TLSv1.3"
     assert seen["peer_uri"] == "urn:fedqlora:site:b"
 
 
 def test_a_server_is_refused_under_a_name_that_it_does_not_have(federation: Path) -> None:
-    with _superlink(federation) as port:
-        _assert_refused(
-            lambda: _call_as_site(port, federation, host="other.example.org"),
+    with superlink(federation) as port:
+        assert_refused(
+            lambda: call_as_site(port, federation, host="other.example.org"),
             "Hostname Verification Check failed",
         )
 
 
 def test_a_server_of_another_authority_is_refused(federation: Path, stranger: Path) -> None:
-    with _superlink(stranger) as port:
-        _assert_refused(lambda: _call_as_site(port, federation), "CERTIFICATE_VERIFY_FAILED")
-        assert _call_as_site(port, stranger)
+    with superlink(stranger) as port:
+        assert_refused(lambda: call_as_site(port, federation), "CERTIFICATE_VERIFY_FAILED")
+        assert call_as_site(port, stranger)
 
 
 def test_a_client_of_another_authority_is_refused(federation: Path, stranger: Path) -> None:
     theirs = stranger / "sites" / "a" / "current"
     trust = (federation / "sites" / "a" / "current" / "ca.crt").read_bytes()
     key, chain = ((theirs / name).read_bytes() for name in ("client.key", "client.crt"))
-    with _superlink(federation) as port:
-        _assert_refused(lambda: _call(port, trust, key, chain))
-        assert _call_as_site(port, federation)
+    with superlink(federation) as port:
+        assert_refused(lambda: call(port, trust, key, chain))
+        assert call_as_site(port, federation)
 
 
 def test_a_client_without_a_certificate_is_refused(federation: Path) -> None:
     trust = (federation / "sites" / "a" / "current" / "ca.crt").read_bytes()
-    with _superlink(federation) as port:
-        _assert_refused(lambda: _call(port, trust, None, None))
-        assert _call_as_site(port, federation)
+    with superlink(federation) as port:
+        assert_refused(lambda: call(port, trust, None, None))
+        assert call_as_site(port, federation)
 
 
 @pytest.mark.parametrize("days", [-91, 2], ids=["expired", "not yet valid"])
@@ -136,9 +70,9 @@ def test_a_client_certificate_outside_its_dates_is_refused(federation: Path, day
     key = read_tls_key(folder / "client.key")
     leaf = issue_site(authority.sites, key.public_key(), "a", NOW + datetime.timedelta(days=days))
     trust, private = ((folder / name).read_bytes() for name in ("ca.crt", "client.key"))
-    with _superlink(federation) as port:
-        _assert_refused(lambda: _call(port, trust, private, encode_certificates(leaf)))
-        assert _call_as_site(port, federation)
+    with superlink(federation) as port:
+        assert_refused(lambda: call(port, trust, private, encode_certificates(leaf)))
+        assert call_as_site(port, federation)
 
 
 @pytest.mark.parametrize("days", [-91, 2], ids=["expired", "not yet valid"])
@@ -150,8 +84,8 @@ def test_a_server_certificate_outside_its_dates_is_refused(federation: Path, day
     leaf = issue_server(authority.server, key.public_key(), ["localhost"], moment)
     chain = encode_certificates(leaf, authority.server.certificate)
     private, trust = ((folder / name).read_bytes() for name in ("server.key", "ca.crt"))
-    with _serving(private, chain, trust) as port:
-        _assert_refused(lambda: _call_as_site(port, federation), "CERTIFICATE_VERIFY_FAILED")
+    with serving(private, chain, trust) as port:
+        assert_refused(lambda: call_as_site(port, federation), "CERTIFICATE_VERIFY_FAILED")
 
 
 @pytest.mark.parametrize("trusted", ["ca.crt", "root.crt"])
@@ -161,17 +95,17 @@ def test_a_server_certificate_is_refused_as_a_clients(federation: Path, trusted:
     root, key, chain, trust = (
         (folder / name).read_bytes() for name in ("root.crt", "server.key", "server.crt", trusted)
     )
-    with _serving(key, chain, trust) as port:
-        _assert_refused(lambda: _call(port, root, key, chain))
-        assert _call_as_site(port, federation)
+    with serving(key, chain, trust) as port:
+        assert_refused(lambda: call(port, root, key, chain))
+        assert call_as_site(port, federation)
 
 
 def test_a_site_certificate_is_refused_as_a_servers(federation: Path) -> None:
     folder = federation / "sites" / "b" / "current"
     key, chain = ((folder / name).read_bytes() for name in ("client.key", "client.crt"))
     trust = (federation / "superlink" / "current" / "ca.crt").read_bytes()
-    with _serving(key, chain, trust) as port:
-        _assert_refused(lambda: _call_as_site(port, federation), "CERTIFICATE_VERIFY_FAILED")
+    with serving(key, chain, trust) as port:
+        assert_refused(lambda: call_as_site(port, federation), "CERTIFICATE_VERIFY_FAILED")
 
 
 def test_the_sites_authority_cannot_make_a_server(federation: Path) -> None:
@@ -181,8 +115,8 @@ def test_the_sites_authority_cannot_make_a_server(federation: Path) -> None:
     leaf = issue_server(authority.sites, key.public_key(), ["localhost"], NOW)
     chain = encode_certificates(leaf, authority.sites.certificate)
     private, trust = ((folder / name).read_bytes() for name in ("server.key", "ca.crt"))
-    with _serving(private, chain, trust) as port:
-        _assert_refused(lambda: _call_as_site(port, federation), "CERTIFICATE_VERIFY_FAILED")
+    with serving(private, chain, trust) as port:
+        assert_refused(lambda: call_as_site(port, federation), "CERTIFICATE_VERIFY_FAILED")
 
 
 def test_the_server_authority_cannot_make_a_site(federation: Path) -> None:
@@ -192,9 +126,9 @@ def test_the_server_authority_cannot_make_a_site(federation: Path) -> None:
     leaf = issue_site(authority.server, key.public_key(), "a", NOW)
     chain = encode_certificates(leaf, authority.server.certificate, authority.root)
     trust, private = ((folder / name).read_bytes() for name in ("ca.crt", "client.key"))
-    with _superlink(federation) as port:
-        _assert_refused(lambda: _call(port, trust, private, chain))
-        assert _call_as_site(port, federation)
+    with superlink(federation) as port:
+        assert_refused(lambda: call(port, trust, private, chain))
+        assert call_as_site(port, federation)
 
 
 def test_a_client_certificate_from_the_root_itself_is_refused(federation: Path) -> None:
@@ -207,6 +141,6 @@ def test_a_client_certificate_from_the_root_itself_is_refused(federation: Path) 
     leaf = issue_site(root, read_tls_key(folder / "client.key").public_key(), "a", NOW)
     trust, private = ((folder / name).read_bytes() for name in ("ca.crt", "client.key"))
     chain = encode_certificates(leaf, root.certificate)
-    with _superlink(federation) as port:
-        _assert_refused(lambda: _call(port, trust, private, chain))
-        assert _call_as_site(port, federation)
+    with superlink(federation) as port:
+        assert_refused(lambda: call(port, trust, private, chain))
+        assert call_as_site(port, federation)

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from certs.files import CertificateError, read_signing_key
 from certs.roster import CONTEXT, Roster, SiteKeys, encode_signing, read_roster, write_roster
 
-SITE = SiteKeys(signing="11" * 32, supernode="ecdsa-sha2-nistp384 AAAA", tls="22" * 32)
+SITE = SiteKeys(signing="11" * 32, supernode="ecdsa-sha2-nistp384 AAAA", tls=("22" * 32, "44" * 32))
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_a_written_roster_is_read_back(tmp_path: Path, key: ed25519.Ed25519Priva
         "coordinator": key.public_key().public_bytes_raw().hex(),
         "evaluator": {"signing": "33" * 32},
         "sites": {
-            "a": {"signing": "11" * 32, "supernode": SITE.supernode, "tls": "22" * 32},
+            "a": {"signing": "11" * 32, "supernode": SITE.supernode, "tls": ["22" * 32, "44" * 32]},
         },
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import stat
 from pathlib import Path
@@ -15,6 +16,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from certs.authority import read_authority
 from certs.files import CertificateError, MisuseError, read_certificates, read_signing_key
+from certs.inspection import inspect_all
 from certs.names import list_names
 from certs.roster import encode_signing, read_roster
 from certs.site import make_all
@@ -52,6 +54,7 @@ def test_each_party_gets_its_own_folder_behind_a_link(federation: Path) -> None:
     assert link.readlink() == Path("v1")
     assert {path.name for path in link.iterdir()} == {
         "server.key", "server.crt", "ca.crt", "root.crt",
+        "crl.pem", "coordinator.pub", "roster.json", "roster.sig",
     }  # fmt: skip
 
 
@@ -126,9 +129,14 @@ def test_a_second_call_makes_nothing_and_changes_nothing(damaged: Path) -> None:
 def test_a_new_site_is_added_to_the_roster_and_the_others_stay(damaged: Path) -> None:
     before = _contents(damaged)
     made = make_all(damaged, ["c"])
-    assert [line.split(":")[0] for line in made] == ["site c", "roster"]
+    assert [line.split(":")[0] for line in made] == ["site c", "roster", "superlink"]
     after = _contents(damaged)
     changed = {name for name in before if before[name] != after[name]}
+    assert (damaged / "superlink" / "current").readlink() == Path("v2")
+    for name in ("roster.json", "roster.sig"):
+        assert after[f"superlink/v2/{name}"] == after[f"coordinator/{name}"]
+    for name in ("server.key", "server.crt", "ca.crt", "root.crt", "coordinator.pub"):
+        assert after[f"superlink/v2/{name}"] == before[f"superlink/v1/{name}"]
     assert changed == {"coordinator/roster.json", "coordinator/roster.sig"}
     key = read_signing_key(damaged / "coordinator" / "signing.key").public_key()
     assert set(read_roster(damaged / "coordinator", key).sites) == {"a", "b", "c"}
@@ -149,6 +157,43 @@ def test_an_interruption_before_the_roster_is_made_good(damaged: Path) -> None:
     assert [line.split(":")[0] for line in make_all(damaged, ["a"])] == ["roster"]
     # Ed25519 signs the same bytes the same way: the same keys give the same files.
     assert _contents(damaged) == expected
+
+
+def test_a_folder_without_a_revocation_list_gets_one_in_a_new_version(damaged: Path) -> None:
+    # As an earlier version of this code made it: no list, no roster, a text for the TLS key.
+    folder = damaged / "superlink" / "v1"
+    for name in ("crl.pem", "coordinator.pub", "roster.json", "roster.sig"):
+        (folder / name).unlink()
+    key = read_signing_key(damaged / "coordinator" / "signing.key")
+    fields = json.loads((damaged / "coordinator" / "roster.json").read_text())
+    for keys in fields["sites"].values():
+        (keys["tls"],) = keys["tls"]
+    content = json.dumps(fields, indent=2, sort_keys=True).encode() + b"\n"
+    (damaged / "coordinator" / "roster.json").write_bytes(content)
+    signature = key.sign(b"fedqlora roster v1\n" + content).hex() + "\n"
+    (damaged / "coordinator" / "roster.sig").write_text(signature)
+    before = _contents(damaged)
+    made = make_all(damaged, ["a", "b"], ["fed.example.org"])
+    assert [line.split(":")[0] for line in made] == ["superlink"]
+    after = _contents(damaged)
+    assert {name for name in before if after[name] != before[name]} <= {
+        "coordinator/roster.json", "coordinator/roster.sig",
+    }  # fmt: skip
+    assert {name.removeprefix("superlink/v2/") for name in after.keys() - before.keys()} == {
+        "server.key", "server.crt", "ca.crt", "root.crt",
+        "crl.pem", "coordinator.pub", "roster.json", "roster.sig",
+    }  # fmt: skip
+    assert inspect_all(damaged).problems == []
+    assert make_all(damaged, ["a", "b"], ["fed.example.org"]) == []
+
+
+def test_a_revocation_list_is_renewed_after_two_thirds_of_its_time(damaged: Path) -> None:
+    now = datetime.datetime.now(datetime.UTC)
+    assert make_all(damaged, ["a"], now=now + datetime.timedelta(days=19)) == []
+    later = now + datetime.timedelta(days=21)
+    assert inspect_all(damaged, now=later).warnings
+    assert [line.split(":")[0] for line in make_all(damaged, ["a"], now=later)] == ["superlink"]
+    assert inspect_all(damaged, now=later).warnings == []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from certs.__main__ import main
+from certs.files import read_certificates
 from certs.inspection import inspect_all
 from certs.site import make_all
+from tests.certs.peers import superlink
 
 NOW = datetime.datetime.now(datetime.UTC)
 
@@ -29,10 +32,16 @@ def test_a_whole_federation_has_no_problem_and_a_row_for_each_key(
     assert heading.split("  ")[0] == "name"
     table = [[cell for cell in row.split("  ") if cell] for row in rows]
     cells = {row[0]: [cell.strip() for cell in row[1:]] for row in table}
+    chains = {"superlink": "superlink/current/server.crt", "site b": "sites/b/current/client.crt"}
+    for name, path in chains.items():
+        leaf = read_certificates(federation / path)[0]
+        assert cells[name].pop() == format(leaf.serial_number, "X").zfill(40)
+    day = (NOW + datetime.timedelta(days=60)).date().isoformat()
     assert cells["superlink"] == [
         "fedqlora server authority",
         "localhost, 127.0.0.1, ::1, superlink, fed.example.org",
         "89",
+        day,
         "0600",
         "yes",
     ]
@@ -40,12 +49,14 @@ def test_a_whole_federation_has_no_problem_and_a_row_for_each_key(
         "fedqlora sites authority",
         "urn:fedqlora:site:b",
         "89",
+        day,
         "0600",
         "yes",
     ]
-    assert cells["site b signing"] == ["-", "-", "-", "0600", "yes"]
-    # root and two authorities, SuperLink, coordinator and evaluator, three keys for each site
-    assert len(cells) == 3 + 1 + 2 + 2 * 3
+    assert cells["site b signing"] == ["-", "-", "-", "-", "0600", "yes", "-"]
+    # root and two authorities, SuperLink, coordinator and evaluator, three keys for each site,
+    # the revocation list
+    assert len(cells) == 3 + 1 + 2 + 2 * 3 + 1
 
 
 def test_a_key_that_others_can_read_is_a_problem(
@@ -165,6 +176,8 @@ def test_certificates_are_judged_by_the_days_they_have_left(
     make_all(tmp_path, ["a", "b"], now=NOW)
     report = inspect_all(tmp_path, now=NOW + datetime.timedelta(days=days, hours=1))
     assert len(report.warnings) == warnings
+    # The list ends after a month: what is looked at here is the certificates.
+    report.problems[:] = [one for one in report.problems if "revocation list" not in one]
     leaves = ("superlink", "site a", "site b")
     found = [one for one in report.problems if one.split(" of ")[1].startswith(leaves)]
     if problem is None:
@@ -190,6 +203,7 @@ def test_the_command_ends_with_0_and_a_warning_within_a_month(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_all(tmp_path, ["a"], now=NOW - datetime.timedelta(days=70))
+    make_all(tmp_path, ["a"])
     assert _verify(tmp_path) == 0
     assert "warning: The certificate of site a ends in 19 days" in capsys.readouterr().out
 
@@ -200,20 +214,21 @@ def test_the_root_key_may_be_elsewhere_without_a_problem(
     (damaged / "authority" / "ca.key").unlink()
     assert _verify(damaged) == 0
     root = capsys.readouterr().out.splitlines()[1]
-    assert root.split()[-2:] == ["-", "-"]
+    assert root.split()[-4:-1] == ["-", "-", "-"]
 
 
 def test_make_says_what_was_made_and_then_that_nothing_is_to_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["make", "--out", str(tmp_path / "out"), "--sites", "a, b", "--host", "x.org", "::2"]
+    command = ["make", "--development", "--out", str(tmp_path / "out"), "--sites", "a, b"]
+    command += ["--host", "x.org", "::2"]
     assert main(command) == 0
     made = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in made] == [
-        "authority", "superlink", "coordinator", "evaluator", "site a", "site b", "roster",
+        "authority", "coordinator", "evaluator", "site a", "site b", "roster", "superlink",
     ]  # fmt: skip
     day = (NOW + datetime.timedelta(days=90)).date()
-    assert f"x.org, ::2, until {day}" in made[1]
+    assert f"x.org, ::2, until {day}" in made[-1]
     assert main(command) == 0
     assert capsys.readouterr().out == "nothing to do\n"
 
@@ -221,11 +236,12 @@ def test_make_says_what_was_made_and_then_that_nothing_is_to_do(
 def test_misuse_ends_with_2_and_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["make", "--out", str(tmp_path / "out"), "--sites", "a,superlink"]) == 2
+    command = ["make", "--development", "--out", str(tmp_path / "out")]
+    assert main([*command, "--sites", "a,superlink"]) == 2
     assert capsys.readouterr().err.startswith("error: 'superlink' is the name of a part")
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit) as caught:
-        main(["make", "--out", str(tmp_path / "out")])
+        main(command)
     assert caught.value.code == 2
 
 
@@ -241,3 +257,44 @@ def test_verifying_an_empty_folder_ends_with_1_and_without_a_traceback(tmp_path:
     debug = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert debug.returncode == 1
     assert "Traceback" in debug.stderr
+
+
+def test_every_command_prints_one_json_document_when_asked(
+    damaged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {
+        "make --sites a,b": {"made"},
+        "verify": {"rows", "warnings", "problems"},
+        "rotate": {"rotated"},
+        "rollover": {"name", "rotated", "following"},
+        "revoke --site b": {"site", "serials", "moment", "anew"},
+    }
+    for command, expected in keys.items():
+        assert main([*command.split(), "--out", str(damaged), "--json"]) == 0
+        assert set(json.loads(capsys.readouterr().out)) == expected
+    (damaged / "superlink" / "current" / "crl.pem").unlink()
+    assert main(["verify", "--out", str(damaged), "--json"]) == 1
+    assert "crl.pem" in json.loads(capsys.readouterr().out)["problems"][0]
+
+
+def test_a_root_key_with_a_passphrase_has_its_mode_checked(tmp_path: Path) -> None:
+    make_all(tmp_path, ["a"], passphrase=b"correct horse battery")
+    assert inspect_all(tmp_path).problems == []
+    (tmp_path / "authority" / "ca.key").chmod(0o640)
+    (problem,) = inspect_all(tmp_path).problems
+    assert "ca.key has mode 0640" in problem
+
+
+def test_a_certificate_that_the_running_superlink_refuses_is_a_problem(
+    damaged: Path, tmp_path: Path
+) -> None:
+    make_all(tmp_path / "other", ["a"])
+    with superlink(damaged) as port:
+        assert inspect_all(damaged, connect=("localhost", port)).problems == []
+        for name in ("client.key", "client.crt"):
+            theirs = tmp_path / "other" / "sites" / "a" / "current" / name
+            shutil.copy2(theirs, damaged / "sites" / "a" / "current" / name)
+        report = inspect_all(damaged, connect=("localhost", port))
+    lives = {row.name: row.live == row.serial for row in report.rows if row.serial}
+    assert (lives["site a"], lives["site b"], lives["superlink"]) == (False, True, True)
+    assert any("refuses the certificate" in one for one in report.problems)

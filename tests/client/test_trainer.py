@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -227,6 +228,23 @@ def test_an_instruction_cut_off_in_mid_training_is_carried_out_again_to_the_same
     assert isinstance(first, pb.Update)
     assert isinstance(second, pb.Update)
     assert first.delta == second.delta
+
+
+def test_a_reply_that_cannot_be_stored_is_refused_and_carried_out_once_there_is_room(
+    site: Site,
+) -> None:
+    service, config = site.service(), run_config()
+    train, _ = instruct(config, described(service, config))
+    name = hashlib.sha256(b"r").hexdigest() + ".reply.new"
+    # As a full disk does, it keeps the file from being written.
+    obstacle = site.folder / "window" / name
+    obstacle.mkdir()
+    sent, data = exchange(service, pb.TRAIN, train, 2)
+    refusal = parse(sent, data)
+    assert isinstance(refusal, pb.Refusal)
+    assert name not in refusal.sentence
+    obstacle.rmdir()
+    assert isinstance(parse(sent, service.exchange(sent)), pb.Update)
 
 
 def test_a_second_round_loads_and_reads_nothing_again(

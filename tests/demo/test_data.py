@@ -19,8 +19,8 @@ from demo.data import (
     describe,
     make_data,
     make_task,
-    site_names,
 )
+from demo.names import site_names
 from fedqlora.engine.data import load_records
 from fedqlora.errors import ConfigError
 

@@ -38,8 +38,10 @@ def test_fedqlora_outside_the_engine_needs_neither_torch_nor_ours(module: str) -
     assert not any(name.startswith("fedqlora.engine") for name in loaded)
 
 
-@pytest.mark.parametrize("module", ["client.app", "client.supernode", "server.app"])
-def test_what_flower_starts_never_loads_torch(module: str) -> None:
+@pytest.mark.parametrize(
+    "module", ["client.app", "client.fetch", "client.supernode", "server.__main__", "server.app"]
+)
+def test_what_needs_no_model_never_loads_torch(module: str) -> None:
     assert not top(modules_after(f"import {module}")) & HEAVY
 
 
@@ -47,14 +49,14 @@ def test_what_flower_starts_never_loads_torch(module: str) -> None:
 @pytest.mark.parametrize(
     ("side", "other"), [("client", "server"), ("server", "client")], ids=["client", "server"]
 )
-def test_the_two_sides_never_import_each_other(side: str, other: str) -> None:
+def test_the_two_sides_import_neither_each_other_nor_the_demo(side: str, other: str) -> None:
     names = [
         f"{side}.{path.relative_to(ROOT / side).with_suffix('').as_posix().replace('/', '.')}"
         for path in (ROOT / side).rglob("*.py")
         if path.stem[0] != "_"
     ]
     assert names
-    assert other not in top(modules_after(f"import {', '.join(names)}"))
+    assert not {other, "demo"} & top(modules_after(f"import {', '.join(names)}"))
 
 
 def test_certs_imports_nothing_of_ours() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from demo.processes import LocalFederation, LocalSite
+from fedqlora.address import find_free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -51,7 +52,10 @@ def main(grid, context):
         while waiting:
             replies = list(grid.pull_messages(waiting))
             waiting -= {reply.metadata.reply_to_message_id for reply in replies}
-            answers += [reply.content["echo"]["number"] for reply in replies]
+            answers += [
+                f"error{reply.error.code}" if reply.has_error() else reply.content["echo"]["number"]
+                for reply in replies
+            ]
             time.sleep(0.1)
         print("round", number, "answers", sorted(answers), flush=True)
 """
@@ -75,7 +79,17 @@ def query(message, context):
 def make_certs(out: Path, sites: str) -> Path:
     """Makes an authority, a SuperLink and sites with the project's own command."""
     subprocess.run(
-        [sys.executable, "-m", "certs", "make", "--out", str(out), "--sites", sites],
+        [
+            sys.executable,
+            "-m",
+            "certs",
+            "make",
+            "--development",
+            "--out",
+            str(out),
+            "--sites",
+            sites,
+        ],
         check=True,
         cwd=REPOSITORY,
         capture_output=True,
@@ -126,7 +140,8 @@ def start_supernode(
 
     def start(keys: Path, superlink: str = "", *extra: str) -> subprocess.CompletedProcess[str]:
         arguments = ["--keys", str(keys), "--superlink", superlink or federation.fleet_address]
-        arguments += ["--trainer-socket", str(tmp_path / "s"), "--state", str(tmp_path / "state")]
+        arguments += ["--state", str(tmp_path / "state"), "--handover", str(tmp_path / "handover")]
+        arguments += ["--clientapp-api", f"127.0.0.1:{find_free_port()}"]
         return subprocess.run(
             [sys.executable, "-m", "client.supernode", *arguments, "--wait-seconds", "1", *extra],
             cwd=REPOSITORY,

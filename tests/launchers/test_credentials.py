@@ -17,8 +17,8 @@ from flwr.supercore.grpc import create_channel, generic_create_grpc_server
 from demo.processes import LocalFederation
 from fedqlora.address import split_address
 from fedqlora.credentials import (
+    ClientCertificate,
     ReloadingIdentity,
-    present_client_certificate,
     serve_mutual_tls,
 )
 from fedqlora.errors import ConfigError, FederationError
@@ -68,13 +68,13 @@ def test_flowers_server_demands_a_certificate_and_flowers_channel_presents_it(
 ) -> None:
     """Fails when a new Flower makes its credentials in another way."""
     address = f"127.0.0.1:{flower_server[1]}"
-    monkeypatch.setattr(grpc, "ssl_channel_credentials", grpc.ssl_channel_credentials)
+    monkeypatch.setattr(grpc, "secure_channel", grpc.secure_channel)
     with create_channel(address, insecure=False, root_certificates=site.authority_pem) as bare:
         ready = grpc.channel_ready_future(bare)
         with pytest.raises(grpc.FutureTimeoutError):
             ready.result(timeout=1.0)
         ready.cancel()
-    present_client_certificate(site)
+    ClientCertificate(site).install()
     with create_channel(address, insecure=False, root_certificates=b"unused") as channel:
         grpc.channel_ready_future(channel).result(timeout=10.0)
 

@@ -19,7 +19,8 @@ from flwr.proto.control_pb2 import ListNodesRequest, UnregisterNodeRequest
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
-from demo.processes import LocalFederation, LocalSite
+from demo.processes import LocalFederation
+from fedqlora.address import find_free_port
 from fedqlora.tls import load_identity
 from tests.launchers.conftest import REPOSITORY
 from tests.launchers.leaves import issue
@@ -92,7 +93,8 @@ def test_a_node_that_is_evicted_leaves_with_status_75_and_then_says_why(
     keys = certs / "sites" / "c"
     command = [sys.executable, "-m", "client.supernode", "--keys", str(keys)]
     command += ["--superlink", federation.fleet_address, "--state", str(tmp_path / "state")]
-    command += ["--trainer-socket", str(tmp_path / "s"), "--wait-seconds", "1"]
+    command += ["--clientapp-api", f"127.0.0.1:{find_free_port()}"]
+    command += ["--handover", str(tmp_path / "handover"), "--wait-seconds", "1"]
     with federation.control() as control:
         key = control.register(keys / "current" / "supernode.pub", "c")
         assert control.register(keys / "current" / "supernode.pub", "c") == key
@@ -134,22 +136,6 @@ def test_sigterm_ends_a_supernode_with_status_0_and_takes_it_offline(
     federation.wait_for_sites(["a", "b"])
 
 
-def test_clientapps_can_run_under_a_superexec_of_their_own(
-    certs: Path, echo_app: Path, tmp_path: Path
-) -> None:
-    with LocalFederation(
-        certs=certs,
-        folder=tmp_path / "logs",
-        runs=tmp_path / "runs",
-        sites=[LocalSite(name="a"), LocalSite(name="b")],
-        isolation="process",
-    ) as federation:
-        result = federation.run(echo_app, {"rounds": 1}, timeout_seconds=120)
-        assert read_answers(result.log) == ["round 0 answers ['a.sock0', 'b.sock0']"]
-        assert "flwr-clientapp" in federation.read_log("clientapps-a")
-        assert "flwr-clientapp" not in federation.read_log("supernode-a")
-
-
 PROGRAM = """
 import json, sys, time
 from pathlib import Path
@@ -158,7 +144,6 @@ from demo.processes import LocalFederation, LocalSite
 folder = Path(sys.argv[2])
 with LocalFederation(
     certs=Path(sys.argv[1]), folder=folder, runs=folder / "runs", sites=[LocalSite(name="a")],
-    isolation="process",
 ) as federation:
     print(json.dumps(federation.process_ids()), flush=True)
     if sys.argv[3] == "fail":
@@ -185,6 +170,14 @@ def test_nothing_survives(certs: Path, tmp_path: Path, ending: str) -> None:
         program.send_signal(signal.Signals[ending])
     assert program.wait(timeout=60) != 0
     program.stdout.close()
-    for group in groups.values():
-        with pytest.raises(ProcessLookupError):
-            os.killpg(group, 0)
+    # The kernel's init reaps what lost its parent, a moment later.
+    wait_for(lambda: not any(exists(group) for group in groups.values()), 10)
+
+
+def exists(group: int) -> bool:
+    """Whether a process group has a member left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from client.supernode import Pauses
+from fedqlora.supervised import Beat
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,8 +16,9 @@ PROGRAM = """
 import inspect
 from flwr.supernode import start_client_internal as module
 from client.supernode import Pauses
+from fedqlora.supervised import Beat
 print(inspect.getsource(module))
-pauses = Pauses()
+pauses = Pauses(Beat(None))
 pauses.choose = lambda seconds, now: print("asked for", seconds) or 0.0
 pauses.install()
 module.time.sleep(3)
@@ -36,14 +38,14 @@ def test_flowers_loop_takes_its_pauses_from_the_name_that_is_replaced() -> None:
 
 
 def test_the_wait_for_an_instruction_grows_with_the_time_waited_up_to_flowers_own() -> None:
-    pauses = Pauses()
+    pauses = Pauses(Beat(None))
     chosen = [pauses.choose(3, now) for now in (100.0, 100.5, 110.0, 125.0, 190.0)]
     assert chosen == [0.1, 0.1, 1.0, 2.5, 3.0]
 
 
 def test_a_message_makes_the_next_wait_short_again() -> None:
-    pauses = Pauses()
+    pauses = Pauses(Beat(None))
     assert pauses.choose(3, 0.0) == 0.1
     assert pauses.choose(3, 60.0) == 3
-    assert pauses.choose(0.5, 61.0) == 0.1
+    assert pauses.choose(0.5, 61.0) == 0.05
     assert pauses.choose(3, 90.0) == 0.1

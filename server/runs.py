@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo.control import ControlClient
 from fedqlora.errors import FederationError
+from server.control import ControlClient
 
 POLL_SECONDS = 1.0
 """Time between two looks at a run's state."""
@@ -67,7 +67,7 @@ def wait_for_run(
         while True:
             with connect() as control:
                 state = control.read_run(run_id)
-            if state is not None and state.status == "finished":
+            if state is not None and not state.active:
                 output.join(_LAST_WORDS_SECONDS)
                 return RunResult(
                     run_id=run_id,
@@ -118,8 +118,11 @@ class _Output(threading.Thread):
                         self._echo(line)
                     if self._ended.is_set():
                         return
-                state = control.read_run(self._run_id)
-            if state is not None and state.status == "finished":
+                try:
+                    state = control.read_run(self._run_id)
+                except FederationError:
+                    break  # the SuperLink has lost the run, which the main thread says
+            if state is not None and not state.active:
                 break
             self._ended.wait(POLL_SECONDS)
         if rest:

@@ -1,0 +1,1 @@
+"""What operators run: templates of a site and of the centre, what renders and checks them."""

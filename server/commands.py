@@ -1,0 +1,133 @@
+"""Commands: what each command of `python -m server` does once its command line was read."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+from pathlib import Path
+
+from fedqlora.errors import CheckpointError, ConfigError, FedqloraError
+from server import status, submit
+from server.bundle import pack
+from server.checkpoint import RunFolder
+from server.control import ControlClient
+from server.enrolment import enrol_all, evict_site
+from server.roster import load_roster
+
+
+def enrol(options: argparse.Namespace) -> None:
+    """Register the SuperNode key of every site in the signed roster."""
+    _, roster = load_roster(options.coordinator)
+    with _connect(options) as control:
+        control.wait(options.wait_seconds)
+        for line in enrol_all(control, roster) or ["nothing to do"]:
+            print(line)
+
+
+def evict(options: argparse.Namespace) -> None:
+    """Unregister a site's SuperNode, and say when it went and that the others stayed."""
+    with _connect(options) as control:
+        control.wait(options.wait_seconds)
+        for line in evict_site(control, options.site):
+            print(line, flush=True)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Start a new run, show its progress, print and keep its result."""
+    experiment = submit.find_experiment(options.experiment, options.experiments)
+    settings = submit.parse_settings(options.settings)
+    _, roster = load_roster(options.coordinator)
+    config = submit.configure(experiment, settings, len(roster.sites))
+    bundle = pack(options.app)
+    with _connect(options) as control:
+        control.wait(options.wait_seconds)
+    folder = RunFolder.create(options.runs, config)
+    try:
+        run_id = submit.start(folder, bundle, lambda: _connect(options))
+    except FedqloraError:
+        shutil.rmtree(folder.path)
+        raise
+    _follow(folder, run_id, options)
+
+
+def resume(options: argparse.Namespace) -> None:
+    """Continue a run that has not finished, or follow it where it is still going."""
+    folder = RunFolder(options.runs / Path(options.run).name)
+    if folder.status()["status"] == "finished":
+        print(submit.write_result(folder, submit.read_scores(folder)))
+        print(f"run: {folder.name}")
+        return
+    bundle = pack(options.app)
+    with _connect(options) as control:
+        control.wait(options.wait_seconds)
+    run_id = submit.start(folder, bundle, lambda: _connect(options))
+    _follow(folder, run_id, options)
+
+
+def show_status(options: argparse.Namespace) -> None:
+    """Print which sites are connected and how far each run is."""
+    with _connect(options) as control:
+        control.wait(options.wait_seconds)
+        print(status.describe(control, options.runs))
+
+
+def digest(options: argparse.Namespace) -> None:
+    """Print the digest of the app that `run` ships."""
+    print(pack(options.app).digest)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Merge a run's adapter into a folder that is not there yet."""
+    folder = _finished(options.run)
+    out = options.out or folder.path / "merged"
+    if out.exists():
+        raise ConfigError(f"{out} exists already; remove it or choose another OUT")
+    # Imported here: only `export` and `ask` need torch, and only after their input is checked.
+    from fedqlora.engine.base import resolve_base
+    from fedqlora.engine.export import merge
+
+    merge(resolve_base(folder.config().model.base, options.models), folder.path / "adapter", out)
+    print(f"merged checkpoint: {out}")
+
+
+def ask(options: argparse.Namespace) -> None:
+    """Print the answers of the base and of the tuned model to one prompt."""
+    folder = _finished(options.run)
+    if not options.prompt.strip():
+        raise ConfigError('the prompt is empty; give one, as in PROMPT="Diagnosis: ..."')
+    from fedqlora.engine.base import resolve_base
+    from fedqlora.engine.export import answer
+
+    base = resolve_base(folder.config().model.base, options.models)
+    before, after = answer(base, folder.path / "adapter", options.prompt, options.tokens)
+    print(f"base:  {before.strip()}\ntuned: {after.strip()}")
+
+
+def _connect(options: argparse.Namespace) -> ControlClient:
+    return ControlClient(options.control, options.root_certificates)
+
+
+def _follow(folder: RunFolder, run_id: int, options: argparse.Namespace) -> None:
+    """Show a run to its end; its folder's name is printed last, however it ends."""
+    # A container is stopped by SIGTERM: the same to us as Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    print(f"run {folder.name}: waiting for the sites", flush=True)
+    try:
+        submit.follow(folder, run_id, lambda: _connect(options), folder.path)
+        print("\n" + submit.write_result(folder, submit.read_scores(folder)) + "\n")
+    except KeyboardInterrupt:
+        print(f"run {folder.name} was stopped; finished rounds are kept, resume continues it")
+        raise
+    finally:
+        print(f"run: {folder.name}", flush=True)
+
+
+def _finished(path: Path) -> RunFolder:
+    """A run folder with a result."""
+    folder = RunFolder(path)
+    if not (folder.path / "adapter").is_dir():
+        raise CheckpointError(
+            f"{folder.path} has no finished adapter; finish the run with `make resume RUN=...`"
+        )
+    return folder

