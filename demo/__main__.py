@@ -79,7 +79,7 @@ def _resume(folder: RunFolder, home: Path) -> None:
     config = folder.config()
     hospitals = Hospitals(config, int(demo["sites"]), home)
     hospitals.prepare()
-    if folder.status()["status"] != "finished":
+    if not folder.is_finished:
         _federate(folder, config, hospitals)
     _report(folder, hospitals, bool(demo["baselines"]))
 
@@ -96,7 +96,8 @@ def _federate(folder: RunFolder, config: RunConfig, hospitals: Hospitals) -> Non
         held_out=hospitals.held_out if config.evaluation.enabled else None,
     ) as federation:
         run_id = submit.start(folder, pack(REPOSITORY), federation.control)
-        submit.follow(folder, run_id, federation.control, folder.path / "processes")
+        if run_id is not None:
+            submit.follow(folder, run_id, federation.control, folder.path / "processes")
 
 
 def _show(folder: RunFolder) -> str:

@@ -151,6 +151,11 @@ class RunFolder:
             return {"status": "new"}
         return self.read_json("status.json")
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether its last round and all that follows it are done."""
+        return bool(self.status()["status"] == "finished")
+
     def write_json(self, name: str, content: object) -> None:
         """Write a JSON file of the run folder atomically.
 

@@ -44,7 +44,8 @@ def run(options: argparse.Namespace) -> None:
         control.wait(options.wait_seconds)
     folder = RunFolder.create(options.runs, config)
     try:
-        run_id = submit.start(folder, bundle, lambda: _connect(options))
+        with _connect(options) as control:
+            run_id = control.start_run(bundle, {"run": folder.name})
     except FedqloraError:
         shutil.rmtree(folder.path)
         raise
@@ -54,15 +55,16 @@ def run(options: argparse.Namespace) -> None:
 def resume(options: argparse.Namespace) -> None:
     """Continue a run that has not finished, or follow it where it is still going."""
     folder = RunFolder(options.runs / Path(options.run).name)
-    if folder.status()["status"] == "finished":
-        print(submit.write_result(folder, submit.read_scores(folder)))
-        print(f"run: {folder.name}")
-        return
-    bundle = pack(options.app)
-    with _connect(options) as control:
-        control.wait(options.wait_seconds)
-    run_id = submit.start(folder, bundle, lambda: _connect(options))
-    _follow(folder, run_id, options)
+    if not folder.is_finished:
+        bundle = pack(options.app)
+        with _connect(options) as control:
+            control.wait(options.wait_seconds)
+        run_id = submit.start(folder, bundle, lambda: _connect(options))
+        if run_id is not None:
+            _follow(folder, run_id, options)
+            return
+    print(submit.write_result(folder, submit.read_scores(folder)))
+    print(f"run: {folder.name}")
 
 
 def show_status(options: argparse.Namespace) -> None:

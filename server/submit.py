@@ -99,8 +99,8 @@ def configure(experiment: Path, settings: Mapping[str, Any], registered: int) ->
     return load_run(experiment, {**missing, **settings})
 
 
-def start(folder: RunFolder, bundle: Bundle, connect: Connect) -> int:
-    """Starts a run of a run folder and returns Flower's id of it.
+def start(folder: RunFolder, bundle: Bundle, connect: Connect) -> int | None:
+    """Starts a run of a run folder and returns Flower's id of it; None if it has finished.
 
     A run of this folder that is still going is returned instead. One whose ServerApp died, which
     the SuperLink notices only after a minute, is stopped first.
@@ -119,6 +119,9 @@ def start(folder: RunFolder, bundle: Bundle, connect: Connect) -> int:
                 if run.status != "running" or _is_worked_on(folder):
                     return run.run_id
                 control.stop_run(run.run_id)
+        # Looked at after the runs: a ServerApp says that it has finished before its run ends.
+        if folder.is_finished:
+            return None
         return control.start_run(bundle, {"run": folder.name})
 
 
