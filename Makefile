@@ -190,6 +190,10 @@ test-containers: install images ## images, a cluster, a short run, its boundary,
 test-slow: install images ## minutes of harder failures in the cluster: network, disk, memory, stop
 	$(BIN)/python -m pytest -q -m endurance
 
+.PHONY: test-gpu
+test-gpu: install ## what only a GPU shows (needs a CUDA device)
+	$(BIN)/python -m pytest -q -m gpu
+
 .PHONY: test-fast
 test-fast: install ## the tests that take seconds
 	$(BIN)/python -m pytest -q -m 'not slow and not containers and not gpu'
