@@ -15,6 +15,8 @@ HOSTS ?=
 RUN ?=
 OUT ?=
 PROMPT ?=
+DEVICES ?=
+WORKERS ?=
 CONNECT ?=
 FORCE ?=
 JSON ?=
@@ -36,7 +38,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@# torch first: otherwise another package pulls a build of its own choice.
 	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$$(grep ^torch== constraints.txt)"
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[engine,demo,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[engine,demo,simulation,dev]'
 	@touch $@
 
 .PHONY: install
@@ -47,6 +49,12 @@ install: $(VENV)/.installed ## make .venv with the pinned packages
 .PHONY: demo
 demo: install ## three hospitals fine-tune one 4-bit model over TLS (SITES=3 ROUNDS=4 BASELINES=1)
 	@exec $(BIN)/python -m demo run --experiment $(EXPERIMENT) --sites $(SITES) --rounds $(ROUNDS) $(if $(BASELINES),--baselines)
+
+.PHONY: simulate
+simulate: install ## many sites on Flower's simulation engine (EXPERIMENT=tiny SITES=20 DEVICES=mixed WORKERS=2)
+	@exec $(BIN)/python -m demo simulate --experiment $(if $(filter command environment,$(firstword $(origin EXPERIMENT))),$(EXPERIMENT),tiny) \
+		--sites $(or $(own_sites),20) $(if $(filter command environment,$(firstword $(origin ROUNDS))),--rounds $(ROUNDS)) \
+		$(if $(DEVICES),--devices $(DEVICES)) $(if $(WORKERS),--workers $(WORKERS))
 
 .PHONY: resume
 resume: install ## continue a run that was cut off (RUN=runs/...)

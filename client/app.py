@@ -26,9 +26,18 @@ app = ClientApp()
 @app.query()
 def query(message: Message, context: Context) -> Message:  # noqa: ARG001
     """Pass the instruction on and return what the trainer signed."""
-    sent = message.content.array_records["envelope"]["envelope"].numpy().tobytes()
-    reply = exchange(os.environ["FEDQLORA_TRAINER_SOCKET"], sent)
-    array = Array(np.frombuffer(reply, dtype=np.uint8))
+    reply = exchange(os.environ["FEDQLORA_TRAINER_SOCKET"], unwrap(message))
+    return reply_with(message, reply)
+
+
+def unwrap(message: Message) -> bytes:
+    """The envelope in a message."""
+    return bytes(message.content.array_records["envelope"]["envelope"].numpy().tobytes())
+
+
+def reply_with(message: Message, envelope: bytes) -> Message:
+    """The reply message that carries an envelope."""
+    array = Array(np.frombuffer(envelope, dtype=np.uint8))
     content = RecordDict({"envelope": ArrayRecord({"envelope": array})})
     return Message(content, reply_to=message)
 

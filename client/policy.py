@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from pydantic import Field
 
-from fedqlora.config import RunConfig, Section, read_toml, validate
+from fedqlora.config import RunConfig, Section, TrainingConfig, read_toml, validate
 from fedqlora.errors import PolicyRefusal
 
 Metric = Literal["examples", "tokens", "train_loss", "validation_loss", "step_seconds"]
@@ -68,6 +68,13 @@ def load_policy(path: Path) -> Policy:
     return validate(Policy, read_toml(path), str(path))
 
 
+def own_training(policy: Policy, asked: TrainingConfig) -> TrainingConfig:
+    """What this site trains of what a run asks for: fewer steps where both sides agree to that."""
+    if not asked.fewer_steps:
+        return asked
+    return asked.model_copy(update={"steps": min(asked.steps, policy.limits.steps)})
+
+
 def check(policy: Policy, config: RunConfig, round_: int, base_digest: str) -> None:
     """Refuse an instruction that the policy does not allow.
 
@@ -90,7 +97,7 @@ def check(policy: Policy, config: RunConfig, round_: int, base_digest: str) -> N
         )
     asked = (
         ("limits.rank", config.lora.rank, policy.limits.rank),
-        ("limits.steps", config.training.steps, policy.limits.steps),
+        ("limits.steps", own_training(policy, config.training).steps, policy.limits.steps),
         ("limits.rounds", max(config.federation.rounds, round_), policy.limits.rounds),
     )
     for rule, wanted, most in asked:

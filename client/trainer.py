@@ -13,9 +13,7 @@ import logging
 import sys
 from pathlib import Path
 
-import torch
-
-from client.policy import Policy, check, load_policy
+from client.policy import Policy, check, load_policy, own_training
 from fedqlora import protocol_pb2 as pb
 from fedqlora.audit import AuditLog
 from fedqlora.codec import decode, encode
@@ -45,7 +43,7 @@ class Trainer:
         models: folder of base models, never written.
         policy: the site's rules.
         audit: the site's log; what cannot be logged is not done.
-        device: where it trains; None takes a GPU where there is one.
+        warm: where the base model stays loaded.
     """
 
     def __init__(
@@ -56,14 +54,14 @@ class Trainer:
         models: Path,
         policy: Policy,
         audit: AuditLog,
-        device: torch.device | None = None,
+        warm: WarmModel,
     ) -> None:
         self._site = site
         self._data = data
         self._models = models
         self._policy = policy
         self._audit = audit
-        self._warm = WarmModel(device)
+        self._warm = warm
         self._examples: tuple[object, list[Tokenized], list[Tokenized]] | None = None
 
     def perform(
@@ -113,7 +111,7 @@ class Trainer:
             base,
             adapter,
             training,
-            config.training,
+            own_training(self._policy, config.training),
             seed=config.seed,
             site=self._site,
             round_=header.round,
@@ -136,9 +134,7 @@ class Trainer:
             metrics=leaving,
         )
         self._record("trained", header, bytes_out=update.ByteSize())
-        log.info(
-            "round %s: %s examples, %s steps", header.round, result.examples, config.training.steps
-        )
+        log.info("round %s: %s examples", header.round, result.examples)
         return update
 
     def _records(
@@ -205,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
             models=options.models,
             policy=load_policy(options.policy),
             audit=AuditLog(options.state / "audit.jsonl"),
-            device=choose_device(options.device, options.memory_fraction),
+            warm=WarmModel(choose_device(options.device, options.memory_fraction)),
         )
         serve(Service(identity, options.state / "window", trainer), options.socket)
     except FedqloraError as error:

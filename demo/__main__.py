@@ -1,4 +1,4 @@
-"""The demo: `python -m demo run` prepares what is missing, federates, and prints the result."""
+"""The demo: prepares what is missing, federates or simulates, and prints the result."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import argparse
 import logging
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 from certs.files import CertificateError
+from demo.devices import SAME, Devices, assign, load_devices
 from demo.hospitals import Hospitals
 from demo.processes import LocalFederation
-from fedqlora.config import RunConfig, load_run
+from fedqlora.config import RunConfig, load_run, validate
 from fedqlora.errors import ConfigError, FedqloraError
 from server import submit
 from server.bundle import REPOSITORY, pack
@@ -31,6 +33,16 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--sites", type=int, default=3)
     run.add_argument("--rounds", type=int, default=4)
     run.add_argument("--baselines", action="store_true", help="also each hospital alone, and all")
+    simulation = commands.add_parser("simulate", help="many sites in one process tree, under Ray")
+    simulation.add_argument("--experiment", default="tiny", help="as for run")
+    simulation.add_argument("--sites", type=int, default=20)
+    simulation.add_argument("--rounds", type=int, help="default: the experiment's")
+    simulation.add_argument(
+        "--devices", help="a name in experiments/devices/, or a TOML file: the sites' machines"
+    )
+    simulation.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="sites that train at one time"
+    )
     resume = commands.add_parser("resume", help="continue a run that was cut off")
     resume.add_argument("run", type=Path, help="its run folder")
     options = parser.parse_args(arguments)
@@ -38,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "run":
             _run(options)
+        elif options.command == "simulate":
+            _simulate(options)
         else:
             _resume(RunFolder(options.run.resolve()), options.home.resolve())
     except (FedqloraError, CertificateError) as error:
@@ -73,10 +87,72 @@ def _run(options: argparse.Namespace) -> None:
     _report(folder, hospitals, options.baselines)
 
 
+def _simulate(options: argparse.Namespace) -> None:
+    """Prepare, create the run folder, simulate, report."""
+    if options.workers < 1:
+        raise ConfigError(f"WORKERS={options.workers} is not a number of workers; choose 1 or more")
+    overrides: dict[str, object] = dict(submit.expect_sites(options.sites))
+    if options.rounds is not None:
+        overrides["federation.rounds"] = options.rounds
+    experiment = submit.find_experiment(options.experiment, REPOSITORY / "experiments")
+    config = load_run(experiment, overrides)
+    devices = SAME
+    if options.devices:
+        known = REPOSITORY / "experiments" / "devices"
+        devices = load_devices(submit.find_experiment(options.devices, known))
+    home = options.home.resolve()
+    hospitals = Hospitals(config, options.sites, home, simulated=True)
+    hospitals.prepare()
+    folder = RunFolder.create(home / "runs", config)
+    folder.write_json(
+        "demo.json",
+        {
+            "sites": options.sites,
+            "devices": devices.model_dump(mode="json"),
+            "workers": options.workers,
+        },
+    )
+    _run_simulation(folder, hospitals, devices, options.workers)
+
+
+def _run_simulation(
+    folder: RunFolder, hospitals: Hospitals, devices: Devices, workers: int
+) -> None:
+    """Simulate a run to its end and print its result."""
+    # Imported here: it brings in torch, which the demo's other commands start faster without.
+    from demo.simulation import lay_out, simulate
+
+    config = folder.config()
+    kinds = assign(devices, len(hospitals.names), config.seed)
+    counted = Counter(kind.name for kind in kinds)
+    print(
+        f"run {_show(folder)}: simulating {len(kinds)} sites "
+        f"({', '.join(f'{count} {name}' for name, count in counted.items())}), "
+        f"{workers} at a time",
+        flush=True,
+    )
+    simulate(
+        folder,
+        lay_out(folder, hospitals, kinds),
+        models=hospitals.models,
+        certs=hospitals.certs,
+        held_out=hospitals.held_out if config.evaluation.enabled else None,
+        workers=workers,
+    )
+    print(f"\n{submit.write_result(folder, submit.read_scores(folder))}\n", flush=True)
+    print(f"run folder: {_show(folder)}", flush=True)
+
+
 def _resume(folder: RunFolder, home: Path) -> None:
     """Start the same federation again; the ServerApp continues from the newest checkpoint."""
     demo = folder.read_json("demo.json")
     config = folder.config()
+    if "devices" in demo:
+        simulated = Hospitals(config, int(demo["sites"]), home, simulated=True)
+        simulated.prepare()
+        devices = validate(Devices, demo["devices"], str(folder.path / "demo.json"))
+        _run_simulation(folder, simulated, devices, int(demo["workers"]))
+        return
     hospitals = Hospitals(config, int(demo["sites"]), home)
     hospitals.prepare()
     if not folder.is_finished:

@@ -28,7 +28,7 @@ from datasets import Dataset
 from flwr_datasets.partitioner import DirichletPartitioner
 
 from demo.codes import CHAPTERS, Text, categories, group, read_codes, read_wordings
-from demo.names import site_names
+from demo.names import LETTERS, MOST_SITES, site_names
 from fedqlora.errors import ConfigError, DataError, FedqloraError
 
 TRAINING_TEXTS = 160
@@ -39,6 +39,8 @@ ALPHA = 0.2
 """The smaller, the more the hospitals differ in the chapters that they see."""
 SMALLEST_SITE = 32
 """Records; a deal that gives a hospital fewer is dealt again."""
+SMALLEST_OF_MANY = 10
+"""The same for more than 26 hospitals, whose shares are small and whose skew is less strong."""
 
 Row = dict[str, str]
 
@@ -85,14 +87,16 @@ def deal(texts: Sequence[Text], sites: int, seed: int) -> dict[str, list[Row]]:
     Each hospital's rows are then dealt to its synthetic patients, two to five rows each.
 
     Raises:
-        ConfigError: so many hospitals cannot all get `SMALLEST_SITE` records.
+        ConfigError: so many hospitals cannot all get the least number of records.
     """
-    names = site_names(sites)
+    names = site_names(sites, MOST_SITES)
+    smallest = SMALLEST_SITE if sites <= LETTERS else SMALLEST_OF_MANY
     partitioner = DirichletPartitioner(
         num_partitions=sites,
         partition_by="chapter",
-        alpha=ALPHA,
-        min_partition_size=SMALLEST_SITE,
+        # With the same alpha most of a hundred hospitals would get next to nothing.
+        alpha=ALPHA * max(1.0, sites / LETTERS),
+        min_partition_size=smallest,
         seed=seed,
     )
     partitioner.dataset = Dataset.from_list([make_row(text) for text in texts])
@@ -103,7 +107,7 @@ def deal(texts: Sequence[Text], sites: int, seed: int) -> dict[str, list[Row]]:
             parts = [list(partitioner.load_partition(index)) for index in range(sites)]
     except ValueError:
         raise ConfigError(
-            f"{sites} hospitals cannot all get {SMALLEST_SITE} records; choose fewer SITES"
+            f"{sites} hospitals cannot all get {smallest} records; choose fewer SITES"
         ) from None
     return {name: _add_patients(part, name, seed) for name, part in zip(names, parts, strict=True)}
 

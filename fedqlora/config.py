@@ -58,6 +58,9 @@ class TrainingConfig(Section):
 
     steps: int = Field(default=10, ge=1)
     """Optimizer steps per round and site."""
+    fewer_steps: bool = False
+    """Whether a site whose policy allows fewer steps trains those, with a smaller weight, instead
+    of refusing the run."""
     batch_examples: int = Field(default=16, ge=1)
     """Examples per optimizer step."""
     microbatch_tokens: int = Field(default=2048, ge=16)

@@ -229,6 +229,28 @@ def serve(service: Service, socket: Path) -> NoReturn:
 
     Args:
         service: what answers.
+        socket: as `listen`.
+
+    Raises:
+        ConfigError: as `listen`.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    server = listen(service, socket)
+    log.info("serving on %s", socket.name)
+    stop.wait()
+    server.stop(grace=2).wait()
+    # A thread that trains would hold an ordinary exit back until its round is over.
+    logging.shutdown()
+    os._exit(0)
+
+
+def listen(service: Service, socket: Path) -> grpc.Server:
+    """Answer on a unix socket, in threads of this process, until the server is stopped.
+
+    Args:
+        service: what answers.
         socket: path of the socket; a stale one is replaced; mode 0660.
 
     Raises:
@@ -248,15 +270,6 @@ def serve(service: Service, socket: Path) -> NoReturn:
         server.add_insecure_port(f"unix:{socket}")
     finally:
         os.umask(old_mask)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     server.start()
     checks.set("", health_pb2.HealthCheckResponse.SERVING)
-    log.info("serving on %s", socket.name)
-    stop.wait()
-    checks.enter_graceful_shutdown()
-    server.stop(grace=2).wait()
-    # A thread that trains would hold an ordinary exit back until its round is over.
-    logging.shutdown()
-    os._exit(0)
+    return server

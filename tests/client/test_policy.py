@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from client.policy import Limits, Metrics, Models, Policy, check, load_policy
+from client.policy import Limits, Metrics, Models, Policy, check, load_policy, own_training
 from fedqlora.config import RunConfig, validate
 from fedqlora.errors import ConfigError, PolicyRefusal
 
@@ -57,3 +57,15 @@ def test_a_policy_must_approve_a_model_and_know_its_keys(tmp_path: Path) -> None
     path.write_text(f'[models]\ndigests = ["{DIGEST}"]\n[metrics]\nallowed = ["texts"]\n')
     with pytest.raises(ConfigError, match=r"metrics\.allowed"):
         load_policy(path)
+
+
+def test_fewer_steps_are_trained_where_both_sides_agree_to_that() -> None:
+    asked = config(training={"steps": 19})
+    agreed = config(training={"steps": 19, "fewer_steps": True})
+    with pytest.raises(PolicyRefusal, match=r"allows 10, the run asks for 19 \(limits.steps\)"):
+        check(POLICY, asked, 1, DIGEST)
+    check(POLICY, agreed, 1, DIGEST)
+    assert own_training(POLICY, agreed.training).steps == 10
+    fewer = config(training={"steps": 4, "fewer_steps": True}).training
+    assert own_training(POLICY, fewer).steps == 4
+    assert own_training(POLICY, asked.training).steps == 19

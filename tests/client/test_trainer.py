@@ -22,6 +22,7 @@ from fedqlora.config import RunConfig, validate
 from fedqlora.engine.base import base_digest
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.service import Identity, Service
+from fedqlora.engine.warm import WarmModel
 from fedqlora.envelope import instruction_digest, sign, verify_reply
 from tests.tiny_models import save_llama, save_t5
 
@@ -44,6 +45,7 @@ class Site:
             models=self.folder / "models",
             policy=self.policy,
             audit=AuditLog(self.folder / "audit.jsonl"),
+            warm=WarmModel(),
         )
         identity = Identity(name="a", key=SITE, coordinator=COORDINATOR.public_key())
         return Service(identity, self.folder / "window", trainer)

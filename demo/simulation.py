@@ -1,0 +1,216 @@
+"""Simulation: a federation's ServerApp and trainers on Flower's simulation engine, no network.
+
+Only the transport differs from a deployed federation: instead of SuperLink, SuperNode and socket,
+Flower's simulation engine (Ray) hands the same signed envelopes to the same trainer code. So the
+same seed gives the same adapter, to the bit. One base model per worker serves all its sites;
+what a site keeps between rounds (replay window, audit log) is on disk, and so any worker can
+take any site.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from client.app import reply_with, unwrap
+from client.policy import load_policy
+from client.trainer import Trainer
+from demo.devices import Device
+from demo.hospitals import Hospitals
+from demo.policy import render_policy
+from fedqlora.audit import AuditLog
+from fedqlora.engine.service import Identity, Service, listen
+from fedqlora.engine.warm import WarmModel
+from fedqlora.envelope import claimed_header
+from fedqlora.errors import FedqloraError
+from fedqlora.files import write_durably
+from server.app import main as run_rounds
+from server.checkpoint import RunFolder
+from server.evaluation import NAME
+from server.evaluator import Scorer
+
+_ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Each worker has one core, as each trainer of a demo with more sites than cores.
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatedSite:
+    """One hospital of a simulation."""
+
+    name: str
+    """Its name in roster and envelopes."""
+    data: Path
+    """Its records."""
+    policy: Path
+    """Its `policy.toml`."""
+    keys: Path
+    """Folder with `signing.key` and `coordinator.pub`."""
+    state: Path
+    """Keeps its replay window and audit log."""
+    unreliability: float = 0.0
+    """Share of rounds in which it does not answer, drawn from the run, the site and the round."""
+
+
+def lay_out(
+    folder: RunFolder, hospitals: Hospitals, kinds: Sequence[Device]
+) -> list[SimulatedSite]:
+    """The demo's hospitals with these machines; writes a policy for each into the run folder."""
+    steps = folder.config().training.steps
+    sites = []
+    for name, kind in zip(hospitals.names, kinds, strict=True):
+        state = folder.path / "simulation" / name
+        state.mkdir(parents=True, exist_ok=True)
+        allowed = max(1, round(steps * kind.steps))
+        text = render_policy(hospitals.digest(), steps=allowed)
+        write_durably(state / "policy.toml", text.encode())
+        sites.append(
+            SimulatedSite(
+                name=name,
+                data=hospitals.records(name),
+                policy=state / "policy.toml",
+                keys=hospitals.certs / "sites" / name / "current",
+                state=state,
+                unreliability=kind.unreliability,
+            )
+        )
+    return sites
+
+
+def simulate(
+    folder: RunFolder,
+    sites: Sequence[SimulatedSite],
+    *,
+    models: Path,
+    certs: Path,
+    held_out: Path | None,
+    workers: int,
+) -> None:
+    """Run or resume a run folder in one process tree.
+
+    Args:
+        folder: the run; its status says afterwards how it ended.
+        sites: the hospitals.
+        models: folder of base models.
+        certs: what `python -m certs make --out` made for these sites.
+        held_out: the evaluator's held-out set; None where the run asks for no scores.
+        workers: processes that train at the same time, a core each.
+
+    Raises:
+        FedqloraError: the run cannot go on, as in a deployed federation.
+    """
+    # Flower and Ray read the environment when they are imported or start their processes.
+    os.environ.update(_ENVIRONMENT)
+    from flwr.simulation import run_simulation
+
+    # The ServerApp says what happens, and each site's audit log; Flower would print tracebacks.
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="fq-") as scratch:
+        socket = Path(scratch) / "evaluator.sock"
+        os.environ["FEDQLORA_RUNS"] = str(folder.path.parent.resolve())
+        os.environ["FEDQLORA_COORDINATOR"] = str(certs.resolve() / "coordinator")
+        os.environ["FEDQLORA_EVALUATOR_SOCKET"] = str(socket)
+        with _evaluating(folder, socket, certs / "evaluator", models, held_out):
+            run_simulation(
+                server_app=_make_server_app(folder.name),
+                client_app=_make_client_app(list(sites), models.resolve()),
+                num_supernodes=len(sites),
+                backend_config={
+                    "init_args": {
+                        "num_cpus": workers,
+                        "include_dashboard": False,
+                        "log_to_driver": False,
+                    },
+                    "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+                },
+            )
+
+
+@contextmanager
+def _evaluating(
+    folder: RunFolder, socket: Path, keys: Path, models: Path, held_out: Path | None
+) -> Iterator[None]:
+    """The evaluator on its socket, in a thread of this process."""
+    if held_out is None:
+        yield
+        return
+    identity = Identity.load(NAME, keys)
+    state = folder.path / "simulation" / NAME
+    server = listen(Service(identity, state, Scorer(held_out, models), (FedqloraError,)), socket)
+    try:
+        yield
+    finally:
+        server.stop(grace=0).wait()
+
+
+def _make_server_app(run: str) -> ServerApp:
+    """The ServerApp of every federation, told which run it is."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        context.run_config["run"] = run
+        run_rounds(grid, context)
+
+    return app
+
+
+def _make_client_app(sites: Sequence[SimulatedSite], models: Path) -> ClientApp:
+    """A ClientApp that is each site's trainer; it travels to Ray's workers."""
+    app = ClientApp()
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        site = sites[int(context.node_config["partition-id"])]
+        return reply_with(message, answer(site, models, unwrap(message)))
+
+    return app
+
+
+def answer(site: SimulatedSite, models: Path, envelope: bytes) -> bytes:
+    """One instruction in, one signed reply out, by the trainer of a site.
+
+    Raises:
+        RuntimeError: the site does not answer in this round.
+    """
+    if _is_away(site, envelope):
+        raise RuntimeError("the site's trainer does not answer")
+    trainer = Trainer(
+        site=site.name,
+        data=site.data,
+        models=models,
+        policy=load_policy(site.policy),
+        audit=AuditLog(site.state / "audit.jsonl"),
+        warm=_warm_model(),
+    )
+    identity = Identity.load(site.name, site.keys)
+    return Service(identity, site.state / "window", trainer).exchange(envelope)
+
+
+@functools.cache
+def _warm_model() -> WarmModel:
+    """This worker's base model, which all sites that it plays share."""
+    return WarmModel()
+
+
+def _is_away(site: SimulatedSite, envelope: bytes) -> bool:
+    """Whether a site misses a round; it never misses the beginning of a run."""
+    header = claimed_header(envelope)
+    draw = hashlib.sha256(f"away:{header.run}:{site.name}:{header.round}".encode()).digest()
+    return header.round > 0 and int.from_bytes(draw[:8], "big") < site.unreliability * 2**64
