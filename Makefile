@@ -36,7 +36,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@# torch first: otherwise another package pulls a build of its own choice.
 	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$$(grep ^torch== constraints.txt)"
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[engine,demo,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[engine,demo,kit,dev]'
 	@touch $@
 
 .PHONY: install
@@ -84,6 +84,16 @@ rotate-ca: install ## the next stage of a new authority: trust, switch, retire (
 revoke: install ## a site may not come any more (SITE=b CONNECT=host:port)
 	@test -n "$(SITE)" || { echo "SITE is missing: make revoke SITE=b"; exit 2; }
 	@$(BIN)/python -m certs revoke --out certs/out --site "$(SITE)" $(connect) $(as_json)
+
+SUPERLINK ?=
+IMAGES ?=
+RELEASE ?=
+.PHONY: site-kit
+site-kit: ## a hospital's signed kit (SITE=a SUPERLINK=host:port IMAGES=1 for no registry, RELEASE=0.1.0-2 DEVICE=cuda)
+	@test -n "$(SITE)" || { echo "SITE is missing: make site-kit SITE=a"; exit 2; }
+	@$(MAKE) --no-print-directory install
+	@$(BIN)/python -m deploy.kit --certs certs/out --site "$(SITE)" --image fedqlora-client:$(DEVICE) \
+		$(if $(SUPERLINK),--superlink "$(SUPERLINK)") $(if $(filter-out 0,$(IMAGES)),--images) $(if $(RELEASE),--release "$(RELEASE)") $(as_json)
 
 ## images
 
