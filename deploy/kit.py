@@ -57,7 +57,14 @@ SUMS = "SHA256SUMS"
 SUMS_SIGNATURE = "SHA256SUMS.sig"
 
 # What the kit fixes in its .env; all other lines of .env.example are the hospital's settings.
-_FIXED = ("FEDQLORA_SITE", "FEDQLORA_SUPERLINK", "FEDQLORA_CLIENT_IMAGE", "COMPOSE_FILE", "DEVICE")
+_FIXED = (
+    "FEDQLORA_SITE",
+    "FEDQLORA_SUPERLINK",
+    "FEDQLORA_CLIENT_IMAGE",
+    "FEDQLORA_POLICY",
+    "FEDQLORA_KEYS_SUPERNODE",
+    "COMPOSE_FILE",
+)
 
 
 def build_kit(
@@ -197,6 +204,10 @@ def split_settings(site: str, superlink: str, image: Image) -> tuple[str, str]:
         "FEDQLORA_SUPERLINK": superlink,
         "FEDQLORA_CLIENT_IMAGE": image.reference,
         "DEVICE": image.device,
+        # Where `./site` makes them, below the site's folder.
+        "FEDQLORA_POLICY": "./policy",
+        "FEDQLORA_KEYS_SUPERNODE": "./keys/supernode",
+        "FEDQLORA_KEYS_TRAINER": "./keys/trainer",
     }
     fixed = "# Set by the coordinator and signed; what the hospital sets is in its settings.env.\n"
     fixed += "".join(f"{key}={value}\n" for key, value in values.items())

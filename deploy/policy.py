@@ -23,18 +23,26 @@ _HEAD = """\
 
 def render_policy() -> str:
     """The text of a policy that loads and approves no base model yet."""
-    parts = [_HEAD]
-    for name, field in Policy.model_fields.items():
-        section: type[Section] = field.annotation  # type: ignore[assignment]  # all are
-        parts.append(f"\n{_comment(section.__doc__ or '')}[{name}]\n")
-        for key, rule in section.model_fields.items():
-            parts.append(f"{_comment(rule.description or '')}{key} = {_value(rule)}\n")
-    return "".join(parts)
+    return _HEAD + "".join(_table(name, rule) for name, rule in Policy.model_fields.items())
+
+
+def _table(name: str, rule: FieldInfo) -> str:
+    """One table of the policy: a group of rules, or names that the hospital fills in."""
+    kind = rule.annotation
+    if not isinstance(kind, type) or not issubclass(kind, Section):
+        return f"\n{_comment(rule.description or '')}[{name}]\n"
+    rules = [
+        f"{_comment(one.description or '')}{key} = {_value(one)}\n"
+        for key, one in kind.model_fields.items()
+    ]
+    return f"\n{_comment(kind.__doc__ or '')}[{name}]\n{''.join(rules)}"
 
 
 def _value(rule: FieldInfo) -> str:
     """A rule's default as TOML; JSON's texts, numbers, booleans and lists are TOML's as well."""
-    return json.dumps([UNDECIDED] if rule.is_required() else rule.default)
+    return json.dumps(
+        [UNDECIDED] if rule.is_required() else rule.get_default(call_default_factory=True)
+    )
 
 
 def _comment(text: str) -> str:

@@ -27,7 +27,7 @@ from deploy.image import read_image
 from deploy.kit import build_kit, choose_superlink, main
 from deploy.policy import UNDECIDED, render_policy
 from deploy.signature import fingerprint_key, open_kit_key
-from fedqlora.config import RunConfig, validate
+from fedqlora.config import RunConfig, Section, validate
 from fedqlora.errors import PolicyRefusal
 from tests.deploy.kits import IMAGE, SUPERLINK, make_federation, make_kit, unpack
 
@@ -152,23 +152,30 @@ def test_the_coordinators_settings_are_filled_in_and_the_hospitals_are_the_templ
         "FEDQLORA_SUPERLINK": SUPERLINK,
         "FEDQLORA_CLIENT_IMAGE": IMAGE.reference,
         "DEVICE": "cpu",
+        "FEDQLORA_POLICY": "./policy",
+        "FEDQLORA_KEYS_SUPERNODE": "./keys/supernode",
+        "FEDQLORA_KEYS_TRAINER": "./keys/trainer",
     }
     template = read_settings(ROOT / "deploy" / "site" / ".env.example")
     own = read_settings(kit / "settings.env")
     assert own
+    assert not own.keys() & read_settings(kit / ".env").keys()
     assert {**own, **read_settings(kit / ".env")}.keys() == template.keys() | {"DEVICE"}
 
 
 def test_the_policy_explains_every_rule_and_allows_nothing_yet(kit: Path) -> None:
     policy = load_policy(kit / "policy.toml")
     written = tomllib.loads((kit / "policy.toml").read_text())
-    for name, section in Policy.model_fields.items():
-        rules = section.annotation.model_fields  # type: ignore[union-attr]
+    prose = " ".join(render_policy().replace("\n# ", " ").split())
+    assert written.keys() == Policy.model_fields.keys()
+    for name, field in Policy.model_fields.items():
+        kind = field.annotation
+        section = isinstance(kind, type) and issubclass(kind, Section)
+        rules = kind.model_fields if section else {}  # type: ignore[union-attr]
         assert written[name].keys() == rules.keys()
-        for rule in rules.values():
+        for rule in rules.values() or [field]:
             assert rule.description
-            first = " ".join(rule.description.split())[:60]
-            assert f"# {first}" in render_policy(), "a rule without its meaning"
+            assert " ".join(rule.description.split()) in prose, "a rule without its meaning"
     config = validate(RunConfig, {"model": {"base": "tiny"}}, "run.toml")
     with pytest.raises(PolicyRefusal, match=r"models\.digests"):
         check(policy, config, 1, "d" * 64)
