@@ -20,6 +20,12 @@ WORKERS ?=
 CONNECT ?=
 FORCE ?=
 JSON ?=
+TRUST ?=
+REQ ?=
+REPLY ?=
+FINGERPRINT ?=
+RENEW ?=
+ACCEPTED ?=
 connect = $(if $(CONNECT),--connect $(CONNECT))
 as_json = $(if $(filter-out 0,$(JSON)),--json)
 # SITES counts the sites that are made; a rotation takes their names, and all unless somebody named some.
@@ -38,7 +44,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@# torch first: otherwise another package pulls a build of its own choice.
 	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$$(grep ^torch== constraints.txt)"
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[engine,demo,simulation,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[engine,demo,kit,simulation,dev]'
 	@touch $@
 
 .PHONY: install
@@ -85,13 +91,38 @@ rotate-certs: install ## new keys and certificates, also during a run (SITES=a,b
 	@$(BIN)/python -m certs rotate --out certs/out $(if $(own_sites),--sites $(own_sites)) $(connect) $(as_json)
 
 .PHONY: rotate-ca
-rotate-ca: install ## the next stage of a new authority: trust, switch, retire (FORCE=1 CONNECT=host:port)
-	@$(BIN)/python -m certs rollover --out certs/out $(if $(filter-out 0,$(FORCE)),--force) $(connect) $(as_json)
+rotate-ca: install ## the next stage of a new authority: trust, switch, retire (FORCE=1 ACCEPTED=a,b CONNECT=host:port)
+	@$(BIN)/python -m certs rollover --out certs/out $(if $(filter-out 0,$(FORCE)),--force) $(if $(ACCEPTED),--accepted "$(ACCEPTED)") $(connect) $(as_json)
 
 .PHONY: revoke
 revoke: install ## a site may not come any more (SITE=b CONNECT=host:port)
 	@test -n "$(SITE)" || { echo "SITE is missing: make revoke SITE=b"; exit 2; }
 	@$(BIN)/python -m certs revoke --out certs/out --site "$(SITE)" $(connect) $(as_json)
+
+SUPERLINK ?=
+IMAGES ?=
+RELEASE ?=
+.PHONY: site-kit
+site-kit: ## a hospital's signed kit (SITE=a SUPERLINK=host:port IMAGES=1 for no registry, RELEASE=0.1.0-2 DEVICE=cuda)
+	@test -n "$(SITE)" || { echo "SITE is missing: make site-kit SITE=a"; exit 2; }
+	@$(MAKE) --no-print-directory install
+	@$(BIN)/python -m deploy.kit --certs certs/out --site "$(SITE)" --image fedqlora-client:$(DEVICE) \
+		$(if $(SUPERLINK),--superlink "$(SUPERLINK)") $(if $(filter-out 0,$(IMAGES)),--images) $(if $(RELEASE),--release "$(RELEASE)") $(as_json)
+
+.PHONY: site-request
+site-request: install ## at a site: make its keys and a request (SITE=name OUT=folder, TRUST=folder or RENEW=1)
+	@test -n "$(SITE)" -a -n "$(OUT)" || { echo "SITE or OUT is missing: make $@ SITE=name TRUST=folder OUT=folder"; exit 2; }
+	@$(BIN)/python -m certs request --site "$(SITE)" --out "$(OUT)" $(if $(TRUST),--trust "$(TRUST)") $(if $(filter-out 0,$(RENEW)),--renew) $(as_json)
+
+.PHONY: sign-site
+sign-site: install ## admit a site by its request (REQ=file FINGERPRINT="..." as the site reads it out)
+	@test -n "$(REQ)" || { echo "REQ is missing: make $@ REQ=name.request.tar"; exit 2; }
+	@$(BIN)/python -m certs sign --out certs/out --request "$(REQ)" $(if $(FINGERPRINT),--fingerprint "$(FINGERPRINT)") $(as_json)
+
+.PHONY: site-accept
+site-accept: install ## at a site: check the coordinator's reply and use it (OUT=folder REPLY=file)
+	@test -n "$(REPLY)" -a -n "$(OUT)" || { echo "REPLY or OUT is missing: make $@ OUT=folder REPLY=name.reply.tar"; exit 2; }
+	@$(BIN)/python -m certs accept --out "$(OUT)" --reply "$(REPLY)" $(as_json)
 
 ## images
 

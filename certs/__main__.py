@@ -1,4 +1,4 @@
-"""The command line of keys and certificates: make, verify, rotate, rollover, revoke.
+"""The command line of keys and certificates: make, verify, rotate, rollover, revoke, enrolment.
 
 Exit status: 0 all is well, 1 a problem was found, 2 the command was misused.
 """
@@ -8,34 +8,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from certs.change import NEXT_AUTHORITY
+from certs.enrolment import add_commands
 from certs.files import CURRENT, CertificateError, MisuseError, read_certificates, read_file
 from certs.handshake import read_address, serve_serial, wait_for
 from certs.inspection import inspect_all
 from certs.listing import render_report, render_revocation, render_rotated, render_stage
-from certs.parties import list_sites
+from certs.outcome import Outcome
+from certs.parties import list_enrolled, list_sites
 from certs.renewal import format_serial
+from certs.reply import name_reply
 from certs.revocation import revoke
 from certs.rollover import roll_over
 from certs.rotation import rotate
 from certs.site import make_all
 
 SHORTEST_PASSPHRASE = 12
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What a command has to say, to a person and to a program."""
-
-    lines: Sequence[str]
-    content: Mapping[str, object]
-    exit_code: int = 0
-    proof: Sequence[str] | None = None
-    """Sites that have to be able to connect afterwards; None if nothing changed that shows."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = 0
     try:
         address = read_address(options.connect) if getattr(options, "connect", None) else None
-        outcome: _Outcome = options.run(options)
+        outcome: Outcome = options.run(options)
         content, status = dict(outcome.content), outcome.exit_code
         _say(options, outcome.lines)
         if address is not None and outcome.proof is not None:
@@ -70,7 +62,7 @@ def _say(options: argparse.Namespace, lines: Sequence[str]) -> None:
         print("\n".join(lines), flush=True)
 
 
-def _make(options: argparse.Namespace) -> _Outcome:
+def _make(options: argparse.Namespace) -> Outcome:
     passphrase = _read_passphrase(options.root_passphrase_file)
     begun = any((options.out / name).exists() for name in ("authority", NEXT_AUTHORITY))
     if passphrase is None and not options.development and not begun:
@@ -79,37 +71,50 @@ def _make(options: argparse.Namespace) -> _Outcome:
             "--development for keys that protect nobody's data."
         )
     made = make_all(options.out, options.sites, options.host, passphrase=passphrase)
-    return _Outcome(made or ["nothing to do"], {"made": made})
+    return Outcome(made or ["nothing to do"], {"made": made})
 
 
-def _verify(options: argparse.Namespace) -> _Outcome:
+def _verify(options: argparse.Namespace) -> Outcome:
     address = read_address(options.connect) if options.connect else None
     report = inspect_all(options.out, connect=address)
-    return _Outcome(render_report(report), asdict(report), 1 if report.problems else 0)
+    return Outcome(render_report(report), asdict(report), 1 if report.problems else 0)
 
 
-def _rotate(options: argparse.Namespace) -> _Outcome:
+def _rotate(options: argparse.Namespace) -> Outcome:
     sites, superlink = options.sites, options.superlink or options.sites is None
     if options.superlink and sites is None:
         sites = []
     rotated = rotate(options.out, sites, superlink=superlink, hosts=options.host)
     proof = [one.name.removeprefix("sites/") for one in rotated if one.name != "superlink"]
-    return _Outcome(
-        render_rotated(rotated), {"rotated": [asdict(one) for one in rotated]}, proof=proof
-    )
+    enrolled = list_enrolled(options.out) if sites is None else []
+    lines = render_rotated(rotated)
+    lines += [
+        f"sites/{site}: not rotated, keeps its own keys; it renews by `certs request --renew` there"
+        for site in enrolled
+    ]
+    content = {"rotated": [asdict(one) for one in rotated], "enrolled": enrolled}
+    return Outcome(lines, content, proof=proof)
 
 
-def _rollover(options: argparse.Namespace) -> _Outcome:
+def _rollover(options: argparse.Namespace) -> Outcome:
     passphrase = _read_passphrase(options.root_passphrase_file)
-    stage = roll_over(options.out, force=options.force, passphrase=passphrase)
-    return _Outcome(render_stage(stage), asdict(stage), proof=list_sites(options.out))
-
-
-def _revoke(options: argparse.Namespace) -> _Outcome:
-    revocation = revoke(options.out, options.site)
-    return _Outcome(
-        render_revocation(revocation), asdict(revocation), proof=list_sites(options.out)
+    stage = roll_over(
+        options.out, force=options.force, accepted=options.accepted, passphrase=passphrase
     )
+    lines, enrolled = list(render_stage(stage)), list_enrolled(options.out)
+    lines += [f"site {site}: send it {name_reply(options.out, site)}" for site in enrolled]
+    content = {**asdict(stage), "enrolled": enrolled}
+    return Outcome(lines, content, proof=_list_kept(options.out))
+
+
+def _revoke(options: argparse.Namespace) -> Outcome:
+    revocation = revoke(options.out, options.site)
+    return Outcome(render_revocation(revocation), asdict(revocation), proof=_list_kept(options.out))
+
+
+def _list_kept(out: Path) -> list[str]:
+    """The sites whose keys are here, so that a handshake can be made with them."""
+    return [site for site in list_sites(out) if site not in list_enrolled(out)]
 
 
 def _prove(
@@ -157,10 +162,12 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(
-        name: str, run: Callable[[argparse.Namespace], _Outcome], help_: str
+        name: str, run: Callable[[argparse.Namespace], Outcome], help_: str
     ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help_)
-        command.add_argument("--out", required=True, type=Path, help="the folder of all parties")
+        command.add_argument(
+            "--out", required=True, type=Path, help="folder of all parties; at a site, its own"
+        )
         command.add_argument("--json", action="store_true", help="print one JSON document")
         command.set_defaults(run=run)
         return command
@@ -174,8 +181,15 @@ def _build_parser() -> argparse.ArgumentParser:
     rotation.add_argument("--superlink", action="store_true", help="the SuperLink (and --sites)")
     rollover = add("rollover", _rollover, "the next stage of a new authority")
     rollover.add_argument("--force", action="store_true", help="retire although a site is behind")
+    rollover.add_argument(
+        "--accepted",
+        type=_split,
+        default=[],
+        help="sites with keys of their own that have accepted their reply since `switch`",
+    )
     revocation = add("revoke", _revoke, "a site may not come any more")
     revocation.add_argument("--site", required=True, help="its name")
+    add_commands(add)
     for command in (make, rotation):
         command.add_argument(
             "--host",

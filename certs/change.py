@@ -23,6 +23,7 @@ from certs.versions import prune_versions, stage_version, sweep, switch_version
 CHANGE_FILE = ".change.json"
 REVOKED_FILE = "revoked.json"
 NEXT_AUTHORITY = "authority-next"
+REPLIES = "replies"
 _SUPERLINK = "superlink"
 
 
@@ -112,7 +113,7 @@ def _recover(out: Path) -> Record | None:
     # What is left hidden was never used: nobody will miss it.
     for party in ("authority", "coordinator", "evaluator", _SUPERLINK, CHANGE_FILE):
         sweep(out, f".{party}")
-    for folder in (out / "sites", out / "coordinator", out / _SUPERLINK):
+    for folder in (out / "sites", out / "coordinator", out / _SUPERLINK, out / REPLIES):
         sweep(folder)
     if (out / "sites").is_dir():
         for site in (out / "sites").iterdir():

@@ -195,6 +195,36 @@ def read_supernode_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
+def read_supernode_public(path: Path) -> ec.EllipticCurvePublicKey:
+    """Return the SuperNode's public key from a file in OpenSSH format.
+
+    Raises:
+        CertificateError: the file is missing or holds something else.
+    """
+    try:
+        key = serialization.load_ssh_public_key(read_file(path))
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise _unreadable(path, "an OpenSSH public key") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise _unreadable(path, "an elliptic-curve public key")
+    return key
+
+
+def read_public_key(path: Path) -> ed25519.Ed25519PublicKey:
+    """Return the Ed25519 public key in a PEM file.
+
+    Raises:
+        CertificateError: the file is missing or holds something else.
+    """
+    try:
+        key = serialization.load_pem_public_key(read_file(path))
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise _unreadable(path, "a PEM public key") from error
+    if not isinstance(key, ed25519.Ed25519PublicKey):
+        raise _unreadable(path, "an Ed25519 public key")
+    return key
+
+
 def read_certificates(path: Path) -> list[x509.Certificate]:
     """Return the certificates in a PEM file, in file order (a leaf comes first).
 

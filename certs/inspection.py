@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+from cryptography import x509
 
 from certs.chain import (
     accept_client,
@@ -25,7 +28,9 @@ from certs.files import (
     read_supernode_key,
     read_tls_key,
 )
+from certs.parties import is_enrolled, read_site_keys
 from certs.renewal import format_serial
+from certs.reply import encode_reply, name_reply
 from certs.report import Report, Row
 from certs.roster import (
     ROSTER_FILE,
@@ -138,6 +143,9 @@ class _Inspector(Walk):
     def inspect_site(self, name: str) -> None:
         """Check a site's three keys, and its leaf as the SuperLink will."""
         folder = self.out / "sites" / name / CURRENT
+        if is_enrolled(folder):
+            self.inspect_enrolled(name)
+            return
         listed = self.roster.sites.get(name) if self.roster else None
         with self.recorded():
             chain = read_certificates(folder / "client.crt")
@@ -148,12 +156,7 @@ class _Inspector(Walk):
             matches = fits(tls, chain[0]) and listed is not None and listed.tls[:1] == (public,)
             live = format_serial(chain[0]) if self.shake(folder) else None
             if self.add_row(f"site {name}", folder / "client.key", matches, chain[0], live):
-                anchors = self.out / "superlink" / CURRENT / "ca.crt"
-                self.report.require(
-                    accept_client(chain, read_certificates(anchors), name, self.now),
-                    f"{folder / 'client.crt'} is not accepted as site {name} by what trusts "
-                    f"{anchors}; restore both files.",
-                )
+                self._check_client(name, chain)
         with self.recorded():
             public = encode_supernode(read_supernode_key(folder / "supernode.key").public_key())
             matches = _is_listed(listed, supernode=public)
@@ -164,6 +167,40 @@ class _Inspector(Walk):
             matches = _is_listed(listed, signing=signing)
             self.add_row(f"site {name} signing", folder / "signing.key", matches)
         self.check_coordinator(folder)
+
+    def inspect_enrolled(self, name: str) -> None:
+        """Check a site that keeps its keys: certificate, public keys, and the reply to it."""
+        folder = self.out / "sites" / name / CURRENT
+        listed = self.roster.sites.get(name) if self.roster else None
+        with self.recorded():
+            chain, keys = read_certificates(folder / "client.crt"), read_site_keys(folder)
+            matches = listed is not None and listed.tls[:1] == keys.tls
+            # No such file is here, and so no mode is shown.
+            if self.add_row(f"site {name}", folder / "client.key", matches, chain[0]):
+                self._check_client(name, chain)
+            for kind, same in (
+                ("supernode", _is_listed(listed, supernode=keys.supernode)),
+                ("signing", _is_listed(listed, signing=keys.signing)),
+            ):
+                self.add_row(f"site {name} {kind}", folder / f"{kind}.key", same)
+                matches = matches and same
+            self.report.require(
+                matches, f"The public keys in {folder} are not those of the roster; restore it."
+            )
+            reply = name_reply(self.out, name)
+            self.report.require(
+                reply.exists() and read_file(reply) == encode_reply(self.out, name),
+                f"{reply} is not up to date; run make.",
+            )
+        self.check_coordinator(folder)
+
+    def _check_client(self, name: str, chain: Sequence[x509.Certificate]) -> None:
+        anchors = self.out / "superlink" / CURRENT / "ca.crt"
+        self.report.require(
+            accept_client(chain, read_certificates(anchors), name, self.now),
+            f"{self.out / 'sites' / name / CURRENT / 'client.crt'} is not accepted as site {name} "
+            f"by what trusts {anchors}; restore both files.",
+        )
 
     def inspect_revocation(self) -> None:
         """Check the revocation list, and that the SuperLink knows the roster that was signed."""

@@ -10,6 +10,7 @@ import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
@@ -17,10 +18,15 @@ from certs.authority import issue_server, issue_site
 from certs.change import REVOKED_FILE
 from certs.crl import CRL_FILE, sign_lists
 from certs.files import (
+    CURRENT,
+    CertificateError,
     encode_key,
     encode_public,
+    read_file,
+    read_public_key,
     read_signing_key,
     read_supernode_key,
+    read_supernode_public,
     read_tls_key,
     write_folder,
 )
@@ -34,6 +40,9 @@ from certs.roster import (
     sign_roster,
 )
 from certs.trust import Trust
+
+REQUEST_FILE = "request.tar"
+"""The request that a site was admitted with last, in the folder of a site that keeps its keys."""
 
 
 def list_sites(out: Path, *, revoked: bool = False) -> list[str]:
@@ -55,12 +64,28 @@ def list_sites(out: Path, *, revoked: bool = False) -> list[str]:
     )
 
 
+def list_enrolled(out: Path) -> list[str]:
+    """Return the names of the sites that keep their private keys themselves, sorted."""
+    return [site for site in list_sites(out) if is_enrolled(out / "sites" / site / CURRENT)]
+
+
+def is_enrolled(folder: Path) -> bool:
+    """Tell whether a version of a site's folder has its request in the place of private keys."""
+    return (folder / REQUEST_FILE).exists()
+
+
 def read_site_keys(folder: Path) -> SiteKeys:
-    """Return the public keys of the site whose key files are in `folder`.
+    """Return the public keys of the site whose key files, or public halves, are in `folder`.
 
     Raises:
         CertificateError: a key is missing or cannot be read.
     """
+    if is_enrolled(folder):
+        return SiteKeys(
+            signing=encode_signing(read_public_key(folder / "signing.pub")),
+            supernode=encode_supernode(read_supernode_public(folder / "supernode.pub")),
+            tls=(digest_leaf(read_file(folder / "client.crt")),),
+        )
     return SiteKeys(
         signing=encode_signing(read_signing_key(folder / "signing.key").public_key()),
         supernode=encode_supernode(read_supernode_key(folder / "supernode.key").public_key()),
@@ -166,6 +191,23 @@ def make_site(
         f"site {site}: {out / 'sites' / site}, keys for TLS, SuperNode and signing, "
         f"until {name_day(leaf.not_valid_after_utc)}"
     )
+
+
+def digest_leaf(chain: bytes) -> str:
+    """Return the TLS key of a chain's leaf as the roster carries it.
+
+    Raises:
+        CertificateError: there is no certificate for such a key.
+    """
+    try:
+        key = x509.load_pem_x509_certificate(chain).public_key()
+    except ValueError:
+        key = None
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise CertificateError(
+            "A site's client.crt holds no certificate of an elliptic-curve key; restore its folder."
+        )
+    return encode_tls(key)
 
 
 def name_day(moment: datetime.datetime) -> str:

@@ -22,7 +22,9 @@ from certs.files import (
     read_signing_key,
 )
 from certs.names import list_names
-from certs.roster import Roster, SiteKeys, encode_tls, read_roster, sign_roster
+from certs.parties import REQUEST_FILE
+from certs.request import decode_request
+from certs.roster import Roster, SiteKeys, read_roster, sign_roster
 from certs.trust import Trust, read_trust
 from certs.versions import list_versions, read_version
 
@@ -101,13 +103,16 @@ class Federation:
         Args:
             site: its name.
             trust: the authorities to trust; those in force if None.
-            leaf: make a new TLS key and certificate.
+            leaf: make a new certificate, and a new TLS key unless the site keeps its own.
         """
         trust = trust or self.trust
         folder = self.out / "sites" / site
         files = read_version(folder)
         old = read_certificates(folder / CURRENT / "client.crt")[0]
-        if leaf:
+        if leaf and REQUEST_FILE in files:
+            public = decode_request(files[REQUEST_FILE], str(folder / CURRENT / REQUEST_FILE))
+            old = issue_site(trust.issuing.sites, public.client, site, self.now)
+        elif leaf:
             key = ec.generate_private_key(ec.SECP256R1())
             old = issue_site(trust.issuing.sites, key.public_key(), site, self.now)
             files["client.key"] = encode_key(key)
@@ -136,14 +141,6 @@ def read_federation(out: Path, now: datetime.datetime) -> Federation:
         revoked=list_revoked(lists),
         number=read_number(lists),
     )
-
-
-def digest_leaf(files: Mapping[str, bytes]) -> str:
-    """Return the TLS key of a site's files as the roster carries it."""
-    key = x509.load_pem_x509_certificate(files["client.crt"]).public_key()
-    if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise TypeError("a site's key is always on an elliptic curve")
-    return encode_tls(key)
 
 
 def list_leaves(folder: Path) -> list[x509.Certificate]:

@@ -11,10 +11,11 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from certs.change import REVOKED_FILE, apply_change, changing
+from certs.change import REVOKED_FILE, apply_change
 from certs.files import CertificateError, MisuseError, read_file
 from certs.parties import list_sites
 from certs.renewal import format_serial, list_leaves, read_federation
+from certs.reply import publishing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ def revoke(out: Path, site: str, *, now: datetime.datetime | None = None) -> Rev
     """
     now = datetime.datetime.now(datetime.UTC) if now is None else now
     folder = out / "sites" / site
-    with changing(out) as finished:
+    with publishing(out) as finished:
         if site not in list_sites(out, revoked=True):
             raise MisuseError(
                 f"Site {site!r} is not among the sites in {out} ({', '.join(list_sites(out))}); "

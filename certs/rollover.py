@@ -18,10 +18,11 @@ from pathlib import Path
 
 from certs.authority import make_authority, read_root
 from certs.chain import is_issued_by
-from certs.change import NEXT_AUTHORITY, apply_change, changing
+from certs.change import NEXT_AUTHORITY, apply_change
 from certs.files import CURRENT, CertificateError, read_certificates
-from certs.parties import list_sites
-from certs.renewal import Federation, digest_leaf, read_federation
+from certs.parties import digest_leaf, list_enrolled, list_sites
+from certs.renewal import Federation, read_federation
+from certs.reply import name_reply, publishing
 from certs.rotation import Rotated, describe, replace_leaves
 from certs.trust import Trust
 
@@ -49,6 +50,7 @@ def roll_over(
     out: Path,
     *,
     force: bool = False,
+    accepted: Sequence[str] = (),
     passphrase: bytes | None = None,
     now: datetime.datetime | None = None,
 ) -> Stage:
@@ -57,6 +59,7 @@ def roll_over(
     Args:
         out: the folder of all parties.
         force: retire the old authorities although a site has not got the new ones.
+        accepted: sites with keys of their own that have accepted their reply since `switch`.
         passphrase: opens the old root's key, if it has one, and encrypts the new one's.
         now: when new validity starts, with a time zone; the present time if None.
 
@@ -66,7 +69,7 @@ def roll_over(
             missing or altered, or the disk failed.
     """
     now = datetime.datetime.now(datetime.UTC) if now is None else now
-    with changing(out) as finished:
+    with publishing(out) as finished:
         if finished is not None and finished.action in STAGES:
             return _done(finished.action, describe(out, finished))
         stage = read_stage(out)
@@ -76,7 +79,7 @@ def roll_over(
         federation = read_federation(out, now)
         if stage == "switch":
             return _done(stage, _switch(federation))
-        _retire(federation, force=force)
+        _retire(federation, force=force, accepted=accepted)
         return _done(stage, [])
 
 
@@ -123,7 +126,7 @@ def _switch(federation: Federation) -> list[Rotated]:
     return describe(federation.out, record)
 
 
-def _retire(federation: Federation, *, force: bool) -> None:
+def _retire(federation: Federation, *, force: bool, accepted: Sequence[str]) -> None:
     """Remove the old authorities from what everybody trusts, and then altogether."""
     out = federation.out
     following = federation.trust.authorities[-1]
@@ -134,12 +137,19 @@ def _retire(federation: Federation, *, force: bool) -> None:
             f"authority ({out / 'sites' / behind[0] / CURRENT}); hand it its new folder, or cut it "
             "off with --force."
         )
+    for site in list_enrolled(out):
+        # Their folder here shows what was sent, not what they use.
+        if site not in accepted and not force:
+            raise CertificateError(
+                f"Site {site} keeps its own keys: once it has accepted {name_reply(out, site)}, "
+                f"say so with --accepted {site}, or cut it off with --force."
+            )
     alone = replace(following, cross=None)
     trust = Trust((alone,), alone)
     roster, new_sites = federation.roster, {}
     for site in list_sites(out):
         files = federation.renew_site(site, trust=trust, leaf=site in behind)
-        keys = federation.find_keys(site).rotate(digest_leaf(files))
+        keys = federation.find_keys(site).rotate(digest_leaf(files["client.crt"]))
         roster = replace(roster, sites={**roster.sites, site: keys})
         new_sites[site] = files
     centre = federation.renew_superlink(roster, trust=trust)

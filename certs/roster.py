@@ -106,14 +106,31 @@ def read_roster(folder: Path, coordinator: ed25519.Ed25519PublicKey) -> Roster:
     Raises:
         CertificateError: a file is missing, the signature is wrong or the content is not a roster.
     """
-    content = read_file(folder / ROSTER_FILE)
     path = folder / ROSTER_FILE
+    return decode_roster(
+        read_file(path), read_file(folder / SIGNATURE_FILE), coordinator, str(path)
+    )
+
+
+def decode_roster(
+    content: bytes, signature: bytes, coordinator: ed25519.Ed25519PublicKey, where: str
+) -> Roster:
+    """Return a roster after checking its signature; `read_roster` says what that guarantees.
+
+    Args:
+        content: the bytes of `roster.json`.
+        signature: the bytes of `roster.sig`.
+        coordinator: who has to have signed it.
+        where: what to call it in an error.
+
+    Raises:
+        CertificateError: the signature is wrong or the content is not a roster.
+    """
     try:
-        signature = bytes.fromhex(read_file(folder / SIGNATURE_FILE).decode("ascii"))
-        coordinator.verify(signature, CONTEXT + content)
+        coordinator.verify(bytes.fromhex(signature.decode("ascii")), CONTEXT + content)
     except (ValueError, InvalidSignature) as error:
         raise CertificateError(
-            f"{path} is not signed by the coordinator's key; restore it and its signature."
+            f"{where} is not signed by the coordinator's key; restore it and its signature."
         ) from error
     try:
         fields = json.loads(content)
@@ -123,9 +140,9 @@ def read_roster(folder: Path, coordinator: ed25519.Ed25519PublicKey) -> Roster:
             sites={name: _read_site(keys) for name, keys in fields["sites"].items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CertificateError(f"{path} is not a roster; restore it.") from error
+        raise CertificateError(f"{where} is not a roster; restore it.") from error
     if roster.coordinator != encode_signing(coordinator):
-        raise CertificateError(f"{path} names another coordinator than its signer; restore it.")
+        raise CertificateError(f"{where} names another coordinator than its signer; restore it.")
     return roster
 
 

@@ -7,23 +7,23 @@ that the site still presents. Only then do the sites' folders change.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cryptography import x509
 
-from certs.change import Record, apply_change, changing
+from certs.change import Record, apply_change
 from certs.files import CURRENT, MisuseError, read_certificates
 from certs.names import read_host
-from certs.parties import list_sites, name_day
+from certs.parties import digest_leaf, list_enrolled, list_sites, name_day
 from certs.renewal import (
     Federation,
-    digest_leaf,
     format_serial,
     list_leaves,
     read_federation,
 )
+from certs.reply import publishing
 from certs.trust import Trust
 
 
@@ -51,30 +51,37 @@ def rotate(
 ) -> list[Rotated]:
     """Give the SuperLink and sites new keys and certificates, all of them or none.
 
-    SuperNode and signing keys stay. A rotation that was interrupted is carried out first, and
+    SuperNode and signing keys stay. Sites that keep their own keys are passed by: they send a
+    request to renew. A rotation that was interrupted is carried out first, and
     what it replaced is reported but not replaced again.
 
     Args:
         out: the folder of all parties.
-        sites: names of the sites; all if None.
+        sites: names of the sites; all whose keys are here if None.
         superlink: whether the SuperLink gets a new certificate too.
         hosts: names for the SuperLink's certificate, besides those that it has.
         now: when validity starts, with a time zone; the present time if None.
 
     Raises:
-        MisuseError: a site is unknown or revoked, or a host cannot be one.
+        MisuseError: a site is unknown, revoked or keeps its own keys, or a host cannot be one.
         CertificateError: a file is missing or altered, or the disk failed.
     """
     now = datetime.datetime.now(datetime.UTC) if now is None else now
     hosts = [read_host(host) for host in hosts]
-    with changing(out) as finished:
-        admitted = list_sites(out)
-        wanted = admitted if sites is None else list(dict.fromkeys(sites))
+    with publishing(out) as finished:
+        admitted, enrolled = list_sites(out), list_enrolled(out)
+        kept_here = [site for site in admitted if site not in enrolled]
+        wanted = kept_here if sites is None else list(dict.fromkeys(sites))
         for site in wanted:
             if site not in admitted:
                 raise MisuseError(
                     f"Site {site!r} is not among the sites in {out} ({', '.join(admitted)}); "
                     "correct --sites."
+                )
+            if site in enrolled:
+                raise MisuseError(
+                    f"Site {site} keeps its own keys; it renews them by `certs request --renew` "
+                    "there."
                 )
         done = finished.serials if finished and finished.action == "rotate" else {}
         wanted = [site for site in wanted if f"sites/{site}" not in done]
@@ -96,8 +103,11 @@ def replace_leaves(
     superlink: bool,
     hosts: Sequence[str] = (),
     trust: Trust | None = None,
+    renewed: Mapping[str, dict[str, bytes]] | None = None,
 ) -> Record:
     """Issue new leaves and put them in use; returns what was changed.
+
+    `renewed` holds the next files of sites that have sent a key of their own.
 
     Each site's leaves before its present one go on the revocation list: their keys leave the
     roster in the same step.
@@ -110,8 +120,8 @@ def replace_leaves(
     for site in sites:
         folder = out / "sites" / site
         present = read_certificates(folder / CURRENT / "client.crt")[0]
-        files = federation.renew_site(site, trust=trust, leaf=True)
-        keys = federation.find_keys(site).rotate(digest_leaf(files))
+        files = (renewed or {}).get(site) or federation.renew_site(site, trust=trust, leaf=True)
+        keys = federation.find_keys(site).rotate(digest_leaf(files["client.crt"]))
         roster = replace(roster, sites={**roster.sites, site: keys})
         superseded.update(
             {

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from certs.authority import make_authority
-from certs.change import apply_change, changing
+from certs.change import apply_change
 from certs.crl import CRL_FILE, name_end, read_lists
 from certs.files import (
     CURRENT,
@@ -33,6 +33,7 @@ from certs.parties import (
     read_site_keys,
 )
 from certs.renewal import read_federation
+from certs.reply import publishing
 from certs.revocation import read_records
 from certs.roster import (
     ROSTER_FILE,
@@ -80,7 +81,7 @@ def make_all(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(out, error) from error
-    with changing(out) as finished:
+    with publishing(out) as finished:
         made = [] if finished is None else [f"{finished.action}: carried to its end"]
         _check_remains(out)
         _check_hosts(out, hosts)

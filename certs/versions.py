@@ -11,7 +11,15 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from certs.files import CURRENT, CertificateError, read_file, sync_folder, unwritable, write_folder
+from certs.files import (
+    CURRENT,
+    FIRST_VERSION,
+    CertificateError,
+    read_file,
+    sync_folder,
+    unwritable,
+    write_folder,
+)
 
 KEPT_VERSIONS = 3
 _VERSION = re.compile(r"v([1-9]\d{0,8})")
@@ -43,9 +51,15 @@ def read_version(folder: Path) -> dict[str, bytes]:
 def stage_version(folder: Path, files: Mapping[str, bytes]) -> str:
     """Write the next version, hidden, and return its name; an earlier hidden one is dropped.
 
+    A folder that does not exist yet is hidden as a whole, `current` included.
+
     Raises:
         CertificateError: it cannot be written; nothing is left behind.
     """
+    if not folder.exists():
+        shutil.rmtree(_newcomer(folder), ignore_errors=True)
+        write_folder(_newcomer(folder), files, versioned=True)
+        return FIRST_VERSION
     sweep(folder)
     version = f"v{max(map(_number, list_versions(folder)), default=0) + 1}"
     write_folder(folder / f".{version}", files)
@@ -60,6 +74,9 @@ def switch_version(folder: Path, version: str) -> None:
     """
     hidden, link = folder / f".{version}", folder / f".{CURRENT}.new"
     try:
+        if _newcomer(folder).exists() and not folder.exists():
+            _newcomer(folder).rename(folder)
+            sync_folder(folder.parent)
         if hidden.exists():
             hidden.rename(folder / version)
         if not (folder / version).is_dir():
@@ -91,6 +108,11 @@ def sweep(folder: Path, start: str = ".") -> None:
             shutil.rmtree(one, ignore_errors=True)
         elif one.name == f".{CURRENT}.new":
             one.unlink(missing_ok=True)
+
+
+def _newcomer(folder: Path) -> Path:
+    """Where a folder lies before it counts."""
+    return folder.with_name(f".{folder.name}")
 
 
 def _number(version: str) -> int:

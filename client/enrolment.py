@@ -135,6 +135,43 @@ def is_admitted(key: ec.EllipticCurvePrivateKey, channel: grpc.Channel) -> bool:
     return True
 
 
+def try_call(
+    superlink: tuple[str, int], identity: Identity, key: ec.EllipticCurvePrivateKey
+) -> str:
+    """One handshake and one signed call that changes nothing; the node may be online meanwhile.
+
+    The signature covers a time, so this also compares the clocks, as every call of the site will
+    have to: at most 5 seconds ahead of the SuperLink's, or 305 behind.
+
+    Returns:
+        The serial number of the SuperLink's certificate, in hex.
+
+    Raises:
+        FederationError: a certificate is refused by either side, or the clocks differ too much.
+        OSError: nothing answers there.
+    """
+    host, port = superlink
+    serial = probe_server(host, port, identity)
+    credentials = grpc.ssl_channel_credentials(
+        identity.authority_pem, identity.key_pem, identity.chain_pem
+    )
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    with grpc.secure_channel(address, credentials) as channel:
+        request = SendNodeHeartbeatRequest(
+            node=Node(node_id=0), heartbeat_interval=_HEARTBEAT_SECONDS
+        )
+        try:
+            _sign_calls(channel, key).SendNodeHeartbeat(request, timeout=10.0)
+        except grpc.RpcError as error:
+            details = error.details() or ""
+            unknown = error.code() == grpc.StatusCode.UNAUTHENTICATED
+            # Flower's last check: no node has the number 0. All before it were passed.
+            refused = not unknown or details == NOT_ADMITTED or "timestamp" in details
+            if refused and _judge(error, f"{host}:{port}") == "silent":
+                raise OSError(f"no answer to a call ({details})") from None
+    return serial
+
+
 def _sign_calls(channel: grpc.Channel, key: ec.EllipticCurvePrivateKey) -> FleetStub:
     """The Fleet API with what Flower's SuperNode adds to each call."""
     return FleetStub(

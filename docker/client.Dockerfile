@@ -51,12 +51,14 @@ RUN install -d -o 10001 -g 10001 -m 0700 /keys /data /policy /state /run/trainer
     && install -d -o 10001 -g 10001 /models
 COPY fedqlora fedqlora
 COPY client client
+# Enrolment: a site makes its keys, and checks what comes back, with nothing but this image.
+COPY certs certs
 RUN chmod -R a+rX . && python -m compileall -q .
 ARG DEVICE
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="fedqlora-client" \
-    org.opencontainers.image.description="SuperNode, ClientApp and trainer of one site" \
+    org.opencontainers.image.description="SuperNode, ClientApp, trainer and enrolment of one site" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.revision="${REVISION}" \

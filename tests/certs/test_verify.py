@@ -265,8 +265,8 @@ def test_every_command_prints_one_json_document_when_asked(
     keys = {
         "make --sites a,b": {"made"},
         "verify": {"rows", "warnings", "problems"},
-        "rotate": {"rotated"},
-        "rollover": {"name", "rotated", "following"},
+        "rotate": {"rotated", "enrolled"},
+        "rollover": {"name", "rotated", "following", "enrolled"},
         "revoke --site b": {"site", "serials", "moment", "anew"},
     }
     for command, expected in keys.items():

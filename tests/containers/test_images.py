@@ -170,7 +170,7 @@ def test_an_image_holds_the_code_of_its_own_side_only() -> None:
     program = "import json, os; print(json.dumps(sorted(os.listdir('/app'))))"
     centre = {"certs", "client", "experiments", "fedqlora", "pyproject.toml", "server"}
     assert set(inside("server", program)) == centre
-    assert set(inside("client", program)) == {"client", "fedqlora"}
+    assert set(inside("client", program)) == {"certs", "client", "fedqlora"}
     assert set(inside("demo", program)) == {*centre, "demo"}
     sources = "import json, glob; print(json.dumps(sorted(glob.glob('/app/client/*.py'))))"
     assert inside("server", sources) == ["/app/client/__init__.py", "/app/client/app.py"]

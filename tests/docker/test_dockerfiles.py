@@ -40,6 +40,17 @@ def test_what_a_plain_build_makes_is_the_production_image(name: str) -> None:
     assert dockerfile(name).rstrip().endswith("USER 10001:10001")
 
 
+@pytest.mark.parametrize("name", ["server", "client"])
+def test_every_folder_of_code_that_an_image_copies_passes_its_ignore_file(name: str) -> None:
+    shared = dockerfile(name).partition(SHARED_UNTIL)[2].partition("FROM runtime AS")[2]
+    copied = set(re.findall(r"^COPY (\w+) \1$", shared.partition("FROM ")[0], re.M))
+    allowed = (ROOT / f"docker/{name}.Dockerfile.dockerignore").read_text().split("\n")
+    assert {"certs", "fedqlora"} <= copied
+    # Of certs its code alone: beside it lie the keys that it makes.
+    assert {f"!{one}" if one != "certs" else "!certs/*.py" for one in copied} <= set(allowed)
+    assert "!certs" not in allowed
+
+
 def test_requirements_come_from_the_project_file(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text(
         '[project]\ndependencies = ["flwr"]\n[project.optional-dependencies]\n'

@@ -1,0 +1,196 @@
+"""The program `./site`, run by dash with the real openssl and sha256sum; no engine is asked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from deploy.signature import fingerprint_key, open_kit_key
+from tests.deploy.kits import make_federation, make_kit, unpack
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_federation(tmp_path_factory.mktemp("federation"))
+
+
+@pytest.fixture(scope="module")
+def archive(certs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_kit(certs, tmp_path_factory.mktemp("kits"))
+
+
+@pytest.fixture
+def kit(archive: Path, tmp_path: Path) -> Path:
+    return unpack(archive, tmp_path)
+
+
+def call(kit: Path, *arguments: str | Path, home: Path | None = None) -> tuple[int, str]:
+    """Exit status and everything that the program said."""
+    environment = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"]}
+    if home is not None:
+        environment["SITE_HOME"] = str(home)
+    done = subprocess.run(
+        ["dash", kit / "site", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def make_home(kit: Path, tmp_path: Path) -> Path:
+    """A site's folder as `./site init` leaves it, but for the keys, which the image makes."""
+    home = tmp_path / "home"
+    (home / "trust").mkdir(parents=True)
+    shutil.copy(kit / "trust" / "kit.pub", home / "trust")
+    shutil.copy(kit / "settings.env", home)
+    release = home / "releases" / "0.1.0"
+    shutil.copytree(kit, release)
+    (home / "current").symlink_to("releases/0.1.0")
+    (home / "site").symlink_to("current/site")
+    return home
+
+
+def test_a_kit_as_it_was_sent_is_accepted_and_shows_the_coordinators_fingerprint(
+    kit: Path, certs: Path
+) -> None:
+    fingerprint = fingerprint_key(open_kit_key(certs))
+    status, said = call(kit, "verify")
+    assert (status, f"fingerprint: {fingerprint}" in said) == (0, True), said
+    assert "Compare it" in said
+    grouped = " ".join(fingerprint[i : i + 4] for i in range(0, 64, 4)).upper()
+    assert call(kit, "verify", grouped)[0] == 0
+
+
+def test_a_kit_that_somebody_signed_anew_is_well_formed_but_has_another_fingerprint(
+    kit: Path, certs: Path, tmp_path: Path
+) -> None:
+    true = fingerprint_key(open_kit_key(certs))
+    mallory = make_federation(tmp_path / "mallory")
+    forged = unpack(make_kit(mallory, tmp_path / "forged"), tmp_path / "unpacked")
+    assert call(forged, "verify")[0] == 0, "the attack: its own key fits its own signature"
+    status, said = call(forged, "verify", true)
+    assert status == 1
+    assert "do not use it, call the coordinator" in said
+    # A site that exists compares with the key that it trusts, and nobody has to look.
+    assert call(forged, "verify", home=make_home(kit, tmp_path))[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda kit: (kit / ".env").write_text("FEDQLORA_SITE=b\n"), "/.env is missing or not"),
+        (lambda kit: (kit / "trust" / "root.crt").unlink(), "/trust/root.crt is missing or not"),
+        (lambda kit: (kit / "compose.override.yml").write_text("x"), "override.yml is no part"),
+        (lambda kit: (kit / "extra").symlink_to("/etc/passwd"), "/extra is no part"),
+        (lambda kit: (kit / "SHA256SUMS.sig").unlink(), "SHA256SUMS.sig is missing"),
+        (lambda kit: (kit / "SHA256SUMS").write_text(""), "SHA256SUMS is not signed"),
+    ],
+    ids=["changed", "removed", "added", "link", "no-signature", "no-sums"],
+)
+def test_a_tampered_kit_is_refused_by_name(change: object, sentence: str, kit: Path) -> None:
+    assert call(kit, "verify")[0] == 0
+    change(kit)  # type: ignore[operator]
+    status, said = call(kit, "verify")
+    assert status == 1
+    assert sentence in said
+    assert said.count("\n") == 1
+
+
+def test_a_tampered_kit_makes_no_site(kit: Path, tmp_path: Path) -> None:
+    (kit / ".env").write_text("FEDQLORA_SITE=b\n")
+    status, said = call(kit, "init", tmp_path / "home")
+    assert (status, "missing or not" in said) == (1, True)
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["frobnicate"], "frobnicate is no command"),
+        (["accept"], "Name the coordinator's reply"),
+        (["upgrade"], "Name the new kit"),
+        (["audit"], "Write ./site audit verify"),
+    ],
+)
+def test_misuse_has_status_2_and_one_sentence(
+    arguments: list[str], sentence: str, kit: Path
+) -> None:
+    status, said = call(kit, *arguments)
+    assert (status, said.count("\n")) == (2, 1)
+    assert sentence in said
+
+
+def test_without_a_command_the_program_lists_its_commands(kit: Path) -> None:
+    status, said = call(kit)
+    assert status == 2
+    for command in ("verify", "init", "accept", "preflight", "up", "upgrade", "rollback", "audit"):
+        assert f"./site {command}" in said or f"| {command}" in said
+
+
+@pytest.mark.parametrize("command", ["up", "stop", "status", "rollback"])
+def test_before_init_the_other_commands_say_what_to_do(command: str, kit: Path) -> None:
+    status, said = call(kit, command)
+    assert status == 1
+    assert "run ./site init first" in said
+
+
+def test_settings_and_policy_are_no_part_of_the_release(kit: Path, tmp_path: Path) -> None:
+    """A hospital edits its own files, and its kit still fits the signature."""
+    home = make_home(kit, tmp_path)
+    (home / "settings.env").write_text("FEDQLORA_DATA=/mnt/records\n")
+    assert call(home, "verify")[0] == 0
+
+
+def test_an_archive_without_signature_or_with_another_is_refused(
+    kit: Path, certs: Path, tmp_path: Path
+) -> None:
+    home = make_home(kit, tmp_path)
+    new = make_kit(certs, tmp_path / "new", release="0.1.0-2")
+    signature = Path(f"{new}.sig")
+    signature.rename(tmp_path / "kept")
+    assert "does not exist" in call(home, "upgrade", new)[1]
+    signature.write_bytes((tmp_path / "kept").read_bytes()[:-1] + b"x")
+    status, said = call(home, "upgrade", new)
+    assert status == 1
+    assert "is not signed with the key that this site trusts" in said
+    assert {path.name for path in (home / "releases").iterdir()} == {"0.1.0"}
+
+
+def test_a_kit_of_another_site_is_refused(kit: Path, certs: Path, tmp_path: Path) -> None:
+    home = make_home(kit, tmp_path)
+    status, said = call(home, "upgrade", make_kit(certs, tmp_path / "new", site="b"))
+    assert status == 1
+    assert "is a kit for site b, this is a" in said
+
+
+def test_another_kit_under_a_name_that_is_taken_is_refused(
+    kit: Path, certs: Path, tmp_path: Path
+) -> None:
+    home = make_home(kit, tmp_path)
+    (home / "releases" / "0.1.0").rename(home / "releases" / "0.1.0-2")
+    (home / "current").unlink()
+    (home / "current").symlink_to("releases/0.1.0-2")
+    new = make_kit(certs, tmp_path / "new", release="0.1.0-2")
+    status, said = call(home, "upgrade", new)
+    assert status == 1
+    assert "is there already and is another" in said
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="an optional tool, in Debian")
+def test_shellcheck_finds_nothing() -> None:
+    done = subprocess.run(
+        ["shellcheck", "--shell=sh", ROOT / "deploy" / "site" / "site"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
