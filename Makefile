@@ -82,22 +82,32 @@ export PROMPT
 certs: install ## certificate authority, SuperLink and development sites (SITES=3 HOSTS="name ...")
 	@$(BIN)/python -m certs make --development --out certs/out --sites $(names) $(foreach host,$(HOSTS),--host $(host)) $(as_json)
 
+# Where a cluster of PROJECT is up its volumes are meant, and a service that has them all does it;
+# CLUSTER=0 means certs/out all the same. With CONTROL the running SuperLink of certs/out is asked too.
+CLUSTER ?= $(shell docker ps -q --filter label=com.docker.compose.project=$(PROJECT) --filter label=com.docker.compose.service=superlink 2>/dev/null)
+CONTROL ?=
+in_volumes = $(cluster) run --rm --no-deps -T certs
+in_folder = $(MAKE) --no-print-directory install 1>&2 && $(BIN)/python -m
+# $(1) is the command's name in demo.lifecycle and in certs, $(2) its options.
+change_keys = $(if $(filter-out 0,$(CLUSTER)),$(in_volumes) demo.lifecycle $(1) --deal /deal --connect control:9092 $(2),$(in_folder) \
+	$(if $(CONTROL),demo.lifecycle $(1) --control $(CONTROL),certs $(1)) --out certs/out $(connect) $(2)) $(as_json)
+
 .PHONY: verify-certs
-verify-certs: install ## check every certificate, key, roster and revocation list (CONNECT=host:port JSON=1)
-	@$(BIN)/python -m certs verify --out certs/out $(connect) $(as_json)
+verify-certs: ## check every certificate, key, roster and revocation list (CONNECT=host:port JSON=1)
+	@$(if $(filter-out 0,$(CLUSTER)),$(in_volumes) certs verify --out /deal/certs --connect control:9092,$(in_folder) certs verify --out certs/out $(connect)) $(as_json)
 
 .PHONY: rotate-certs
-rotate-certs: install ## new keys and certificates, also during a run (SITES=a,b for some, CONNECT=host:port)
-	@$(BIN)/python -m certs rotate --out certs/out $(if $(own_sites),--sites $(own_sites)) $(connect) $(as_json)
+rotate-certs: ## new keys and certificates, also during a run (SITES=a,b for some, CONNECT=host:port)
+	@$(call change_keys,rotate,$(if $(own_sites),--sites $(own_sites)))
 
 .PHONY: rotate-ca
-rotate-ca: install ## the next stage of a new authority: trust, switch, retire (FORCE=1 ACCEPTED=a,b CONNECT=host:port)
-	@$(BIN)/python -m certs rollover --out certs/out $(if $(filter-out 0,$(FORCE)),--force) $(if $(ACCEPTED),--accepted "$(ACCEPTED)") $(connect) $(as_json)
+rotate-ca: ## the next stage of a new authority: trust, switch, retire (FORCE=1 ACCEPTED=a,b CONNECT=host:port)
+	@$(call change_keys,rollover,$(if $(filter-out 0,$(FORCE)),--force) $(if $(ACCEPTED),--accepted "$(ACCEPTED)"))
 
 .PHONY: revoke
-revoke: install ## a site may not come any more (SITE=b CONNECT=host:port)
+revoke: ## a site may not come any more: list, session, SuperNode (SITE=b CONNECT=host:port CONTROL=host:port)
 	@test -n "$(SITE)" || { echo "SITE is missing: make revoke SITE=b"; exit 2; }
-	@$(BIN)/python -m certs revoke --out certs/out --site "$(SITE)" $(connect) $(as_json)
+	@$(call change_keys,revoke,--site "$(SITE)")
 
 SUPERLINK ?=
 IMAGES ?=

@@ -14,13 +14,12 @@ from pathlib import Path
 
 from certs.change import NEXT_AUTHORITY
 from certs.enrolment import add_commands
-from certs.files import CURRENT, CertificateError, MisuseError, read_certificates, read_file
-from certs.handshake import read_address, serve_serial, wait_for
+from certs.files import CertificateError, MisuseError, read_file
+from certs.handshake import prove, read_address
 from certs.inspection import inspect_all
 from certs.listing import render_report, render_revocation, render_rotated, render_stage
 from certs.outcome import Outcome
-from certs.parties import list_enrolled, list_sites
-from certs.renewal import format_serial
+from certs.parties import list_enrolled, list_kept
 from certs.reply import name_reply
 from certs.revocation import revoke
 from certs.rollover import roll_over
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         content, status = dict(outcome.content), outcome.exit_code
         _say(options, outcome.lines)
         if address is not None and outcome.proof is not None:
-            live = _prove(options.out, address, outcome.proof, options.patience_seconds)
+            live = prove(options.out, address, outcome.proof, options.patience_seconds)
             content["live"] = live
             _say(options, [f"live: {options.connect} serves serial {live}"])
     except CertificateError as error:
@@ -104,43 +103,12 @@ def _rollover(options: argparse.Namespace) -> Outcome:
     lines, enrolled = list(render_stage(stage)), list_enrolled(options.out)
     lines += [f"site {site}: send it {name_reply(options.out, site)}" for site in enrolled]
     content = {**asdict(stage), "enrolled": enrolled}
-    return Outcome(lines, content, proof=_list_kept(options.out))
+    return Outcome(lines, content, proof=list_kept(options.out))
 
 
 def _revoke(options: argparse.Namespace) -> Outcome:
     revocation = revoke(options.out, options.site)
-    return Outcome(render_revocation(revocation), asdict(revocation), proof=_list_kept(options.out))
-
-
-def _list_kept(out: Path) -> list[str]:
-    """The sites whose keys are here, so that a handshake can be made with them."""
-    return [site for site in list_sites(out) if site not in list_enrolled(out)]
-
-
-def _prove(
-    out: Path, address: tuple[str, int], sites: Sequence[str], patience_seconds: float
-) -> str:
-    """Wait until the running SuperLink serves the certificate on disk and takes those of sites.
-
-    Raises:
-        CertificateError: it does not in time; all that was changed stays changed.
-    """
-    folder = out / "superlink" / CURRENT
-    expected = format_serial(read_certificates(folder / "server.crt")[0])
-
-    def check() -> None:
-        served = serve_serial(address, folder / "root.crt")
-        if served != expected:
-            raise CertificateError(
-                f"The SuperLink at {address[0]}:{address[1]} still serves serial {served} instead "
-                f"of {expected}; check that it reads {folder}, and its log."
-            )
-        for site in sites:
-            client = out / "sites" / site / CURRENT
-            serve_serial(address, client / "ca.crt", client)
-
-    wait_for(check, patience_seconds)
-    return expected
+    return Outcome(render_revocation(revocation), asdict(revocation), proof=list_kept(options.out))
 
 
 def _read_passphrase(path: Path | None) -> bytes | None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cryptography import x509
 
-from certs.files import CertificateError, MisuseError
+from certs.files import CURRENT, CertificateError, MisuseError, read_certificates
 from certs.renewal import format_serial
 
 TIMEOUT_SECONDS = 10.0
@@ -75,6 +75,41 @@ def serve_serial(address: tuple[str, int], roots: Path, client: Path | None = No
     if not accepted:
         raise CertificateError(f"{where} refuses the certificate in {client}; run verify.")
     return format_serial(x509.load_der_x509_certificate(served))
+
+
+def prove(
+    out: Path, address: tuple[str, int], sites: Sequence[str], patience_seconds: float
+) -> str:
+    """Wait until the running SuperLink serves the certificate on disk and takes those of sites.
+
+    Args:
+        out: the folder of all parties.
+        address: host and port of the SuperLink's Fleet API.
+        sites: names of the sites whose certificates it has to take.
+        patience_seconds: how long that may take.
+
+    Returns:
+        The serial that it serves, in hex.
+
+    Raises:
+        CertificateError: it does not in time; all that was changed stays changed.
+    """
+    folder = out / "superlink" / CURRENT
+    expected = format_serial(read_certificates(folder / "server.crt")[0])
+
+    def check() -> None:
+        served = serve_serial(address, folder / "root.crt")
+        if served != expected:
+            raise CertificateError(
+                f"The SuperLink at {address[0]}:{address[1]} still serves serial {served} instead "
+                f"of {expected}; check that it reads {folder}, and its log."
+            )
+        for site in sites:
+            client = out / "sites" / site / CURRENT
+            serve_serial(address, client / "ca.crt", client)
+
+    wait_for(check, patience_seconds)
+    return expected
 
 
 def wait_for(check: Callable[[], None], seconds: float) -> None:

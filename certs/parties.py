@@ -69,6 +69,11 @@ def list_enrolled(out: Path) -> list[str]:
     return [site for site in list_sites(out) if is_enrolled(out / "sites" / site / CURRENT)]
 
 
+def list_kept(out: Path) -> list[str]:
+    """Return the names of the sites whose keys are all in `out`, so that it can connect as them."""
+    return [site for site in list_sites(out) if site not in list_enrolled(out)]
+
+
 def is_enrolled(folder: Path) -> bool:
     """Tell whether a version of a site's folder has its request in the place of private keys."""
     return (folder / REQUEST_FILE).exists()

@@ -127,6 +127,21 @@ services:
       - ./experiments:/app/experiments:ro
       - runs:/runs
 
+  # On demand, by `make rotate-certs` and its like: changes keys while all goes on.
+  certs:
+    extends: {{file: deploy/server/compose.yml, service: admin}}
+    image: fedqlora-demo:${{DEVICE:-cpu}}
+    pull_policy: never
+    entrypoint: [python, -m]
+    command: [demo.lifecycle, --help]
+    volumes: !override
+      - certs:/deal/certs
+      - superlink-keys:/deal/superlink
+      - coordinator-keys:/deal/coordinator
+      - evaluator-keys:/deal/evaluator
+      - root-certificate:/deal/root
+      - runs:/runs:ro
+{keys}
   model:
     extends: {{file: deploy/site/compose.yml, service: model}}
     pull_policy: never
@@ -205,12 +220,18 @@ SITE_VOLUMES = """\
   {site}-clientapp-handover: *memory
 """
 
-DEAL = """\
+KEYS = """\
       - {site}-supernode-keys:/deal/sites/{site}/supernode
       - {site}-trainer-keys:/deal/sites/{site}/trainer
+"""
+
+DEAL = (
+    KEYS
+    + """\
       - {site}-data:/deal/sites/{site}/data
       - {site}-policy:/deal/sites/{site}/policy
 """
+)
 
 
 def site_names(sites: int) -> list[str]:
@@ -234,6 +255,7 @@ def render_cluster(sites: int) -> str:
     centre = CENTRE.format(
         names=",".join(names),
         deals="".join(DEAL.format(site=name) for name in names),
+        keys="".join(KEYS.format(site=name) for name in names),
         fleets="\n".join(f"      fleet-{name}: {{}}" for name in names),
     )
     build = "\n    build: {<<: *build, dockerfile: docker/client.Dockerfile}"

@@ -125,7 +125,12 @@ def serve_http_from(identities: ReloadingIdentity) -> None:
         nonlocal served, newest
         current = identities.follow()
         if current is not served:
-            served, newest = current, make_context(current)
+            # The same leaf in a shorter chain is an authority that was retired. A ServerApp goes
+            # on trusting what it started with: the chain that leads it here stays until the leaf
+            # goes, or a run would be lost. Sites, on the Fleet API, get the shorter one.
+            if current.leaf != served.leaf:
+                newest = make_context(current)
+            served = current
         connection.context = newest
 
     first.set_servername_callback(use_newest)  # type: ignore[arg-type]  # asyncio: SSLObject only

@@ -59,7 +59,10 @@ def test_the_committed_files_are_what_the_renderer_prints(
 @pytest.mark.parametrize("sites", SITES)
 def test_each_site_has_its_own_trainer_supernode_and_clientapp(sites: int) -> None:
     services = read_services(render_cluster(sites))
-    centre = {"bootstrap", "superlink", "enrol", "serverapp", "evaluator", "admin", "model"}
+    centre = {"bootstrap", "superlink", "enrol", "serverapp", "evaluator", "admin"} | {
+        "certs",
+        "model",
+    }
     assert set(services) - centre == {
         f"{role}-{site}"
         for role in ("trainer", "supernode", "clientapp")

@@ -111,7 +111,7 @@ def test_the_sites_networks_are_closed_and_join_only_the_superlink(resolve: Reso
         "fleet-b": {"superlink", "supernode-b"},
         "clientapp-a": {"supernode-a", "clientapp-a"},
         "clientapp-b": {"supernode-b", "clientapp-b"},
-        "control": {"superlink", "serverapp", "enrol", "admin"},
+        "control": {"superlink", "serverapp", "enrol", "admin", "certs"},
         "published": {"superlink"},
         "outbound": {"model"},
     }

@@ -138,7 +138,13 @@ def write_policy(path: Path, digest: str, rank: int = 8) -> None:
 
 @pytest.fixture(scope="session")
 def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
-    folder = tmp_path_factory.mktemp("federation")
+    with running_hospitals(tmp_path_factory.mktemp("federation")) as running:
+        yield running
+
+
+@contextmanager
+def running_hospitals(folder: Path) -> Iterator[Hospitals]:
+    """Two hospitals and an evaluator of a tiny model, with all that they need in `folder`."""
     digest = base_digest(save_llama(folder / "models" / "tiny-llama"))
     make_all(folder / "certs", list(SITES))
     for site in SITES:
