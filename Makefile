@@ -11,6 +11,7 @@ SITES ?= 3
 ROUNDS ?= 4
 BASELINES ?=
 EXPERIMENT ?= icd10
+AGGREGATION ?=
 HOSTS ?=
 RUN ?=
 OUT ?=
@@ -53,8 +54,8 @@ install: $(VENV)/.installed ## make .venv with the pinned packages
 ## use
 
 .PHONY: demo
-demo: install ## three hospitals fine-tune one 4-bit model over TLS (SITES=3 ROUNDS=4 BASELINES=1)
-	@exec $(BIN)/python -m demo run --experiment $(EXPERIMENT) --sites $(SITES) --rounds $(ROUNDS) $(if $(BASELINES),--baselines)
+demo: install ## three hospitals fine-tune one 4-bit model over TLS (SITES=3 ROUNDS=4 BASELINES=1 AGGREGATION=...)
+	@exec $(BIN)/python -m demo run --experiment $(EXPERIMENT) --sites $(SITES) --rounds $(ROUNDS) $(if $(AGGREGATION),--aggregation $(AGGREGATION)) $(if $(BASELINES),--baselines)
 
 .PHONY: simulate
 simulate: install ## many sites on Flower's simulation engine (EXPERIMENT=tiny SITES=20 DEVICES=mixed WORKERS=2)
@@ -179,6 +180,7 @@ cluster = DEVICE=$$(cat $(rendered)/device 2>/dev/null || echo $(DEVICE)) docker
 admin = $(cluster) run --rm --no-deps -T admin
 # ROUNDS has a default for `make demo`; a run of the cluster takes it only where somebody gave it.
 own_rounds = $(if $(filter command environment,$(firstword $(origin ROUNDS))),federation.rounds=$(ROUNDS))
+own_method = $(if $(AGGREGATION),aggregation.method="$(AGGREGATION)")
 
 .PHONY: up
 up: ## aggregator and sites in containers (SITES=3, GPU=1 with GPUS=0,1,2,3 or SHARED_GPU=0, FLEET_PORT=9092)
@@ -212,9 +214,9 @@ logs: ## what the cluster says (SITE=2 for one site)
 	$(cluster) logs $$services
 
 .PHONY: run
-run: ## start a run in the cluster, follow it, save it in runs/ (EXPERIMENT=icd10 ROUNDS=4 SET="key=value ..." or RESUME=name)
+run: ## start a run in the cluster, follow it, save it in runs/ (EXPERIMENT=icd10 ROUNDS=4 AGGREGATION=... SET="key=value ..." or RESUME=name)
 	@mkdir -p runs $(rendered)
-	@$(admin) $(if $(RESUME),resume $(RESUME),run --experiment $(EXPERIMENT) $(foreach one,$(own_rounds) $(SET),--set '$(one)')) \
+	@$(admin) $(if $(RESUME),resume $(RESUME),run --experiment $(EXPERIMENT) $(foreach one,$(own_rounds) $(own_method) $(SET),--set '$(one)')) \
 		| tee -i $(rendered)/run.log; status=$${PIPESTATUS[0]}; \
 	name=$$(sed -n 's/^run: //p' $(rendered)/run.log | tail -n 1); \
 	if [ -n "$$name" ]; then $(cluster) cp serverapp:/runs/$$name runs/ && echo "saved: runs/$$name"; fi; exit $$status
@@ -250,6 +252,7 @@ test-fast: install ## the tests that take seconds
 .PHONY: benchmarks
 benchmarks: install ## the figures of the README, as ratios
 	$(BIN)/python -m benchmarks.aggregate_memory
+	$(BIN)/python -m benchmarks.exact_svd
 	$(BIN)/python -m benchmarks.import_time
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.round_overhead

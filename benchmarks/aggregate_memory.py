@@ -1,7 +1,8 @@
 """Peak memory of folding in updates: ours as they arrive, Flower's FedAvg all at once.
 
 Each way runs in a process of its own; the figure is its peak resident memory above what it
-held before the first update. Prints a markdown table.
+held before the first update. Prints two markdown tables: ours against Flower's, and `fedavg`
+and `exact_svd` over the number of sites.
 """
 
 from __future__ import annotations
@@ -19,15 +20,23 @@ from flwr.serverapp import strategy
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedqlora import protocol_pb2 as pb
-from fedqlora.adapter import AdapterSpec, check_update
+from fedqlora.adapter import Adapter, AdapterSpec, check_update
 from fedqlora.codec import decode, encode
 from fedqlora.envelope import sign
+from server.aggregation.aggregate import Aggregator
+from server.aggregation.exact_svd import ExactSvd
 from server.aggregation.fedavg import FedAvg
 from server.exchange import open_reply
 
-VALUES = 5_000_000  # 20 MB of float32
-NAME = "m.lora_A.weight"
-
+# Sixteen layers of 9760 x 9760 at rank 16: 5 million values, 20 MB of float32.
+LAYERS, WIDTH, RANK = 16, 9760, 16
+SHAPES = {
+    f"m.{layer}.lora_{half}.weight": (RANK, WIDTH) if half == "A" else (WIDTH, RANK)
+    for layer in range(LAYERS)
+    for half in "AB"
+}
+VALUES = LAYERS * 2 * WIDTH * RANK
+COUNTS = (4, 16, 64)
 
 FILES = 4  # distinct updates; more would only fill the disk
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
@@ -37,9 +46,11 @@ def write_updates(folder: Path) -> None:
     """The same updates as both ways receive them: signed envelopes, and plain arrays."""
     for number in range(FILES):
         random = np.random.default_rng(number)
-        array = random.standard_normal(VALUES, dtype=np.float32)
-        np.save(folder / f"{number}.npy", array)
-        update = pb.Update(delta=encode({NAME: array}, "float32"), examples=number + 1)
+        arrays = {
+            name: random.standard_normal(shape, dtype=np.float32) for name, shape in SHAPES.items()
+        }
+        np.savez(folder / f"{number}.npz", **arrays)  # type: ignore[arg-type]
+        update = pb.Update(delta=encode(arrays, "float32"), examples=number + 1)
         envelope = sign(
             KEY,
             run="r",
@@ -53,10 +64,8 @@ def write_updates(folder: Path) -> None:
         (folder / f"{number}.envelope").write_bytes(envelope)
 
 
-def fold_in(folder: Path, count: int) -> np.ndarray:
+def fold_in(folder: Path, count: int, aggregator: Aggregator, spec: AdapterSpec) -> Adapter:
     """Ours: verify, decode, check and fold one update at a time."""
-    adapter = {NAME: np.zeros(VALUES, dtype=np.float32)}
-    spec, fold = AdapterSpec.of(adapter), FedAvg(adapter)
     for number in range(count):
         update = open_reply(
             (folder / f"{number % FILES}.envelope").read_bytes(),
@@ -69,28 +78,39 @@ def fold_in(folder: Path, count: int) -> np.ndarray:
             raise SystemExit("the stored reply is not an update")
         delta = decode(update.delta)
         check_update(delta, spec, 1e9)
-        fold.add(delta, update.examples)
+        aggregator.add(f"site-{number}", delta, update.examples)
         del update, delta
-    return fold.finish()[NAME]
+    return aggregator.finish().adapter
 
 
-def hold_all(folder: Path, count: int) -> np.ndarray:
+def start_fedavg(adapter: Adapter) -> Aggregator:
+    """The mean of factors."""
+    return FedAvg(adapter)
+
+
+def start_exact_svd(adapter: Adapter) -> Aggregator:
+    """The mean of products, with the default residual rank."""
+    return ExactSvd(adapter, {}, scale=1.0, residual_rank=4 * RANK)
+
+
+def hold_all(folder: Path, count: int) -> Adapter:
     """Flower's own strategy, which is handed all replies of a round."""
     TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
     replies = []
     for number in range(count):
-        array = np.load(folder / f"{number % FILES}.npy")
+        with np.load(folder / f"{number % FILES}.npz") as stored:
+            arrays = [stored[name] for name in SHAPES]
         content = RecordDict(
             {
-                "arrays": ArrayRecord([array]),
+                "arrays": ArrayRecord(arrays),
                 "metrics": MetricRecord({"num-examples": number % FILES + 1}),
             }
         )
         replies.append(Message(content, 1, "train"))
-    arrays, _ = strategy.FedAvg().aggregate_train(1, replies)
-    if arrays is None:
+    result, _ = strategy.FedAvg().aggregate_train(1, replies)
+    if result is None:
         raise SystemExit("Flower's FedAvg aggregated nothing")
-    return arrays.to_numpy_ndarrays()[0]
+    return dict(zip(SHAPES, result.to_numpy_ndarrays(), strict=True))
 
 
 def read_memory(field: str) -> float:
@@ -110,30 +130,45 @@ def run(way: str, folder: str, updates: int) -> tuple[float, float]:
     return peak, checksum
 
 
+def measure(way: str, folder: Path, count: int) -> None:
+    """One way in this process: print its peak and a checksum."""
+    before = read_memory("VmRSS")
+    if way == "flower":
+        result = hold_all(folder, count)
+    else:
+        adapter = {name: np.zeros(shape, dtype=np.float32) for name, shape in SHAPES.items()}
+        start = {"fedavg": start_fedavg, "exact_svd": start_exact_svd}[way]
+        result = fold_in(folder, count, start(adapter), AdapterSpec.of(adapter))
+    checksum = float(next(iter(result.values())).reshape(-1)[:1000].sum(dtype=np.float64))
+    print(read_memory("VmHWM") - before, checksum)
+
+
 def main() -> None:
-    """Run both ways and print, or one of them in a child."""
+    """Run every way and print, or one of them in a child."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--updates", type=int, default=64)
+    parser.add_argument("--updates", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--way", choices=("fold_in", "hold_all"), help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=("fedavg", "exact_svd", "flower"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.way:
-        before = read_memory("VmRSS")
-        result = {"fold_in": fold_in, "hold_all": hold_all}[options.way](
-            options.folder, options.updates
-        )
-        print(read_memory("VmHWM") - before, float(result[:1000].sum(dtype=np.float64)))
+        measure(options.way, options.folder, options.updates)
         return
+    most = COUNTS[-1]
     with tempfile.TemporaryDirectory() as folder:
         write_updates(Path(folder))
-        figures = {way: run(way, folder, options.updates) for way in ("fold_in", "hold_all")}
-    (ours, sum_ours), (theirs, sum_theirs) = figures["fold_in"], figures["hold_all"]
+        theirs, sum_theirs = run("flower", folder, most)
+        ours = {count: run("fedavg", folder, count) for count in COUNTS}
+        exact = {count: run("exact_svd", folder, count)[0] for count in COUNTS}
+    peak, sum_ours = ours[most]
     if abs(sum_ours - sum_theirs) > 1e-3 * max(1.0, abs(sum_theirs)):
         raise SystemExit(f"the two means differ: {sum_ours} and {sum_theirs}")
-    print(f"{options.updates} updates of {VALUES * 4 / 1e6:.0f} MB, the same weighted mean:\n")
+    print(f"{most} updates of {VALUES * 4 / 1e6:.0f} MB, the same weighted mean:\n")
     print("| aggregation | peak memory, MiB | ratio |\n|---|---|---|")
-    print(f"| ours, folded in as they arrive | {ours:.0f} | {ours / theirs:.3f} |")
-    print(f"| Flower's FedAvg | {theirs:.0f} | 1 |")
+    print(f"| ours, folded in as they arrive | {peak:.0f} | {peak / theirs:.3f} |")
+    print(f"| Flower's FedAvg | {theirs:.0f} | 1 |\n")
+    print("| sites | " + " | ".join(map(str, COUNTS)) + " |\n|---|---|---|---|")
+    print("| fedavg, MiB | " + " | ".join(f"{ours[count][0]:.0f}" for count in COUNTS) + " |")
+    print("| exact_svd, MiB | " + " | ".join(f"{exact[count]:.0f}" for count in COUNTS) + " |")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ class Limits(Section):
     """The most that one run may ask for."""
 
     rank: int = Field(default=64, ge=1)
-    """Largest LoRA rank: bounds how much an update can carry."""
+    """Largest LoRA rank that trains here: bounds how much an update can carry. What the
+    coordinator sends to lie frozen beside it does not leave and is not counted."""
     steps: int = Field(default=200, ge=1)
     """Most optimizer steps in one round."""
     rounds: int = Field(default=100, ge=1)
@@ -75,6 +76,12 @@ def own_training(policy: Policy, asked: TrainingConfig) -> TrainingConfig:
     return asked.model_copy(update={"steps": min(asked.steps, policy.limits.steps)})
 
 
+def training_rank(policy: Policy, config: RunConfig) -> int:
+    """The rank at which a run trains here: its own, or the policy's where it allows mixed ranks."""
+    rank = config.lora.rank
+    return min(rank, policy.limits.rank) if config.lora.mixed_ranks else rank
+
+
 def check(policy: Policy, config: RunConfig, round_: int, base_digest: str) -> None:
     """Refuse an instruction that the policy does not allow.
 
@@ -96,7 +103,7 @@ def check(policy: Policy, config: RunConfig, round_: int, base_digest: str) -> N
             f"with digest {base_digest[:16]} (models.digests)",
         )
     asked = (
-        ("limits.rank", config.lora.rank, policy.limits.rank),
+        ("limits.rank", training_rank(policy, config), policy.limits.rank),
         ("limits.steps", own_training(policy, config.training).steps, policy.limits.steps),
         ("limits.rounds", max(config.federation.rounds, round_), policy.limits.rounds),
     )

@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import logging
+import math
 import sys
 from pathlib import Path
 
-from client.policy import Policy, check, load_policy, own_training
+from client.policy import Policy, check, load_policy, own_training, training_rank
 from fedqlora import protocol_pb2 as pb
+from fedqlora.adapter import Adapter, check_residual, check_update, lower_rank
 from fedqlora.audit import AuditLog
 from fedqlora.codec import decode, encode
 from fedqlora.config import DataConfig, RunConfig
@@ -26,6 +28,7 @@ from fedqlora.engine.service import Identity, Service, serve
 from fedqlora.engine.train import mean_loss, train
 from fedqlora.engine.warm import WarmModel
 from fedqlora.errors import AuditError, DataError, FedqloraError, PolicyRefusal
+from fedqlora.halves import select_trained
 
 log = logging.getLogger("client")
 
@@ -76,11 +79,12 @@ class Trainer:
         folder = resolve_base(config.model.base, self._models)
         digest = self._warm.digest(folder)
         check(self._policy, config, header.round, digest)
-        base = self._warm.get(folder, config.model, config.lora)
+        lora = config.lora.at_rank(training_rank(self._policy, config))
+        base = self._warm.get(folder, config.model, lora)
         training, validation = self._records(base, digest, config)
         if isinstance(body, pb.Describe):
             self._record("described", header)
-            return _describe(base, digest)
+            return _describe(base, digest, config.lora.rank)
         if isinstance(body, pb.Train):
             return self._train(header, config, body, base, training, validation)
         raise PolicyRefusal("evaluate", "a site describes and trains only; ask the evaluator")
@@ -104,9 +108,9 @@ class Trainer:
         """One round: score the received adapter on the validation share, then train."""
         self._record("training", header)
         log.info("round %s of run %s: training", header.round, header.run)
-        adapter = decode(body.adapter)
+        adapter, residual = self._receive(base, config, body)
         held = validation[: config.data.validation_examples]
-        before = mean_loss(base, adapter, held, config.training) if held else None
+        before = mean_loss(base, adapter, held, config.training, residual) if held else None
         result = train(
             base,
             adapter,
@@ -116,6 +120,8 @@ class Trainer:
             site=self._site,
             round_=header.round,
             rounds=config.federation.rounds,
+            residual=residual,
+            trained=select_trained(adapter, config.aggregation.method, header.round),
         )
         figures = {
             "examples": float(result.examples),
@@ -136,6 +142,24 @@ class Trainer:
         self._record("trained", header, bytes_out=update.ByteSize())
         log.info("round %s: %s examples", header.round, result.examples)
         return update
+
+    def _receive(
+        self, base: BaseModel, config: RunConfig, body: pb.Train
+    ) -> tuple[Adapter, Adapter]:
+        """The adapter that trains here and the residual beside it, from what was sent.
+
+        Raises:
+            UpdateError: one of them is not for this base and this run.
+        """
+        adapter = decode(body.adapter)
+        residual = decode(body.residual) if body.HasField("residual") else {}
+        spec = base.spec().at_rank(config.lora.rank)
+        check_update(adapter, spec, math.inf)
+        check_residual(residual, spec, config.residual_rank)
+        rank = training_rank(self._policy, config)
+        if rank == config.lora.rank:
+            return adapter, residual
+        return lower_rank(adapter, residual, rank, config.lora.scale)
 
     def _records(
         self, base: BaseModel, digest: str, config: RunConfig
@@ -166,12 +190,14 @@ class Trainer:
         self._audit.append(event, run=header.run, round=header.round, **facts)
 
 
-def _describe(base: BaseModel, digest: str) -> pb.Description:
+def _describe(base: BaseModel, digest: str, rank: int) -> pb.Description:
     """What the server needs to start an adapter, and to see that all sites agree."""
+    # The run's rank, not this site's own: all sites start from the same adapter.
+    shapes = base.spec().at_rank(rank).shapes
     return pb.Description(
         base_digest=digest,
         family=base.family,
-        tensors=[pb.TensorShape(name=name, shape=shape) for name, shape in base.spec().shapes],
+        tensors=[pb.TensorShape(name=name, shape=shape) for name, shape in shapes],
         given=encode(base.given(), "float32"),
         software={name: importlib.metadata.version(name) for name in _SOFTWARE},
     )

@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--experiment", default="icd10", help="a name in experiments/, or a TOML file")
     run.add_argument("--sites", type=int, default=3)
     run.add_argument("--rounds", type=int, default=4)
+    run.add_argument("--aggregation", metavar="METHOD", help="in place of the experiment's")
     run.add_argument("--baselines", action="store_true", help="also each hospital alone, and all")
     simulation = commands.add_parser("simulate", help="many sites in one process tree, under Ray")
     simulation.add_argument("--experiment", default="tiny", help="as for run")
@@ -76,6 +77,8 @@ def _run(options: argparse.Namespace) -> None:
         # One score at the end: each costs as much as a round here.
         "evaluation.every_rounds": options.rounds,
     }
+    if options.aggregation:
+        overrides["aggregation.method"] = options.aggregation
     experiment = submit.find_experiment(options.experiment, REPOSITORY / "experiments")
     config = load_run(experiment, overrides)
     home = options.home.resolve()

@@ -8,13 +8,16 @@ again, so a field means one thing on both sides. A site's own rules live in `pol
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fedqlora.combinations import COMBINATIONS
 from fedqlora.errors import ConfigError
+from fedqlora.halves import Method
 
 
 class Section(BaseModel):
@@ -51,6 +54,21 @@ class LoraConfig(Section):
     """Rank-stabilised scaling (arXiv 2312.03732)."""
     dora: bool = False
     """Weight-decomposed LoRA (arXiv 2402.09353)."""
+    mixed_ranks: bool = False
+    """Let a site whose policy allows a lower rank than `rank` train at that rank, instead of
+    refusing."""
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def at_rank(self, rank: int) -> LoraConfig:
+        """The same adapter at another rank and with the same scale."""
+        if rank == self.rank:
+            return self
+        alpha = self.scale * (math.sqrt(rank) if self.rslora else rank)
+        return self.model_copy(update={"rank": rank, "alpha": alpha})
 
 
 class TrainingConfig(Section):
@@ -120,8 +138,15 @@ class FederationConfig(Section):
 class AggregationConfig(Section):
     """How the sites' updates become one."""
 
-    method: Literal["fedavg"] = "fedavg"
-    """`fedavg`: weighted mean of A and of B (arXiv 1602.05629, for LoRA 2305.05644)."""
+    method: Method = "exact_svd"
+    """`exact_svd`: the mean of the products B A, its best part of the run's rank trained on, the
+    rest kept beside it (FlexLoRA 2402.11505 with a residual). `fedavg`: mean of A and mean of B
+    (1602.05629, for LoRA 2305.05644). `ffa`: A stays as it started, mean of B (2403.12313).
+    `fedsvd`: `ffa`, and A and B made anew from the SVD of B A after each round (2505.12805).
+    `rolora`: B and A in alternate rounds (2409.02346). Numbers are of arXiv."""
+    residual_rank: int | None = Field(default=None, ge=0, le=4096)
+    """Largest rank of the frozen residual adapter that `exact_svd` keeps; 0 keeps none.
+    Without it four times `lora.rank`."""
     weighting: Literal["examples", "tokens", "uniform"] = "examples"
     """A site's weight: training examples seen, completion tokens seen, or one."""
     max_update_norm: float = Field(default=100.0, gt=0)
@@ -161,6 +186,21 @@ class RunConfig(Section):
     aggregation: AggregationConfig = AggregationConfig()
     codec: CodecConfig = CodecConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def residual_rank(self) -> int:
+        """Largest rank of the residual adapter; 0 where the method keeps none."""
+        if self.aggregation.method != "exact_svd":
+            return 0
+        given = self.aggregation.residual_rank
+        return 4 * self.lora.rank if given is None else given
+
+    @model_validator(mode="after")
+    def _fit(self) -> RunConfig:
+        for combination in COMBINATIONS:
+            if combination.is_asked_for(self):
+                raise ValueError(combination.sentence)
+        return self
 
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -225,6 +265,8 @@ def validate(section: type[SectionT], values: dict[str, Any], where: str) -> Sec
         if first["type"] == "missing":
             raise ConfigError(f"{where}: {key} is missing; add it") from None
         reason = first["msg"].removeprefix("Value error, ")
+        if not first["loc"] and first["type"] == "value_error":
+            raise ConfigError(f"{where}: {reason}") from None
         raise ConfigError(f"{where}: {key} is wrong: {reason[:1].lower()}{reason[1:]}") from None
 
 

@@ -71,20 +71,24 @@ class Describe(_message.Message):
     def __init__(self, config: _Optional[str] = ...) -> None: ...
 
 class Train(_message.Message):
-    __slots__ = ("config", "adapter")
+    __slots__ = ("config", "adapter", "residual")
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    RESIDUAL_FIELD_NUMBER: _ClassVar[int]
     config: str
     adapter: Tensors
-    def __init__(self, config: _Optional[str] = ..., adapter: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
+    residual: Tensors
+    def __init__(self, config: _Optional[str] = ..., adapter: _Optional[_Union[Tensors, _Mapping]] = ..., residual: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
 
 class Evaluate(_message.Message):
-    __slots__ = ("config", "adapter")
+    __slots__ = ("config", "adapter", "residual")
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    RESIDUAL_FIELD_NUMBER: _ClassVar[int]
     config: str
     adapter: Tensors
-    def __init__(self, config: _Optional[str] = ..., adapter: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
+    residual: Tensors
+    def __init__(self, config: _Optional[str] = ..., adapter: _Optional[_Union[Tensors, _Mapping]] = ..., residual: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
 
 class TensorShape(_message.Message):
     __slots__ = ("name", "shape")

@@ -5,7 +5,7 @@
       versions.json      what it ran on
       status.json        running, stopped, finished or failed, with the reason
       metrics.jsonl      one line per event (metrics.py)
-      rounds/0003/       adapter.safetensors and state.json, written atomically
+      rounds/0003/       adapter, residual (.safetensors) and state.json, written atomically
       adapter/           the final adapter in PEFT's own format
 
 A resumed run starts from the highest round folder; nothing else is needed of the past.
@@ -53,12 +53,14 @@ class Checkpoint:
     Attributes:
         round: finished rounds; 0 is the untrained adapter.
         adapter: the aggregated adapter after that round.
+        residual: what the sites load frozen beside it; empty if the method keeps none.
         origin: what the sites agreed on.
         issued: highest issue number used so far.
     """
 
     round: int
     adapter: Adapter
+    residual: Adapter
     origin: Origin
     issued: int
 
@@ -184,6 +186,7 @@ class RunFolder:
                 final,
                 {
                     "adapter.safetensors": safetensors.numpy.save(checkpoint.adapter),
+                    "residual.safetensors": safetensors.numpy.save(checkpoint.residual),
                     "state.json": json.dumps(state, indent=2).encode() + b"\n",
                 },
             )
@@ -201,10 +204,12 @@ class RunFolder:
             return None
         try:
             adapter = safetensors.numpy.load_file(finished[-1] / "adapter.safetensors")
+            residual = safetensors.numpy.load_file(finished[-1] / "residual.safetensors")
             state = json.loads((finished[-1] / "state.json").read_text())
             return Checkpoint(
                 round=state["round"],
                 adapter=adapter,
+                residual=residual,
                 origin=Origin(**state["origin"]),
                 issued=state["issued"],
             )

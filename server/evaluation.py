@@ -37,13 +37,19 @@ class Evaluator:
         self._key = key
         self._sign = sign
 
-    def evaluate(self, config: RunConfig, round_: int, adapter: Adapter) -> Scores:
-        """Score an adapter: held-out file -> metric -> value.
+    def evaluate(
+        self, config: RunConfig, round_: int, adapter: Adapter, residual: Adapter
+    ) -> Scores:
+        """Score an adapter with what lies frozen beside it: held-out file -> metric -> value.
 
         Raises:
             FederationError: the evaluator does not answer or refuses.
         """
-        body = pb.Evaluate(config=config.model_dump_json(), adapter=encode(adapter, "float32"))
+        body = pb.Evaluate(
+            config=config.model_dump_json(),
+            adapter=encode(adapter, "float32"),
+            residual=encode(residual, "float32") if residual else None,
+        )
         envelope = self._sign(pb.EVALUATE, NAME, round_, body.SerializeToString())
         with grpc.insecure_channel(f"unix:{self._socket}", options=_UNLIMITED) as channel:
             try:

@@ -57,7 +57,8 @@ class Scorer:
         held_out = load_held_out(self._held_out, config.evaluation.max_examples)
         folder = resolve_base(config.model.base, self._models)
         base = self._warm.get(folder, config.model, config.lora)
-        scores = evaluate(base, decode(body.adapter), held_out, config.training)
+        residual = decode(body.residual) if body.HasField("residual") else {}
+        scores = evaluate(base, decode(body.adapter), held_out, config.training, residual)
         log.info("scored round %s of run %s", header.round, header.run)
         subsets = {name: pb.Scores(values=values) for name, values in scores.items()}
         return pb.Evaluation(subsets=subsets)

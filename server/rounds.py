@@ -11,11 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 from fedqlora import protocol_pb2 as pb
-from fedqlora.adapter import Adapter, AdapterSpec, check_update, initial_adapter, norm
+from fedqlora.adapter import AdapterSpec, check_rank, check_update, initial_adapter, norm, rank_of
 from fedqlora.codec import decode, encode
 from fedqlora.config import RunConfig
 from fedqlora.errors import FederationError, UpdateError
-from server.aggregation.fedavg import FedAvg
+from fedqlora.halves import select_trained
+from server.aggregation.aggregate import Aggregate, Aggregator
+from server.aggregation.method import start_aggregation
 from server.checkpoint import Checkpoint, Origin, RunFolder
 from server.evaluation import Evaluator
 from server.exchange import INVALID, Answer, Exchange
@@ -55,8 +57,14 @@ def federate(
     _evaluate(config, checkpoint, evaluator, metrics)
     for round_ in range(checkpoint.round + 1, config.federation.rounds + 1):
         folder.set_status("running", round=round_, rounds=config.federation.rounds)
-        adapter = run_round(config, round_, checkpoint.adapter, sites, exchange, metrics)
-        checkpoint = replace(checkpoint, round=round_, adapter=adapter, issued=exchange.issued)
+        result = run_round(config, round_, checkpoint, sites, exchange, metrics)
+        checkpoint = replace(
+            checkpoint,
+            round=round_,
+            adapter=result.adapter,
+            residual=result.residual,
+            issued=exchange.issued,
+        )
         folder.save(checkpoint)
         _evaluate(config, checkpoint, evaluator, metrics)
     write_adapter(folder.path / "adapter", config, checkpoint)
@@ -66,22 +74,24 @@ def federate(
 def run_round(
     config: RunConfig,
     round_: int,
-    adapter: Adapter,
+    before: Checkpoint,
     sites: Sites,
     exchange: Exchange,
     metrics: Metrics,
-) -> Adapter:
+) -> Aggregate:
     """One round: train at every connected site, fold the updates in as they arrive.
 
     Returns:
-        The next adapter.
+        The next adapter, and the next residual.
 
     Raises:
         FederationError: fewer than `min_sites` usable updates came; names who and why.
+        UpdateError: the run's method cannot aggregate this adapter.
     """
     started = time.monotonic()
-    aggregator = FedAvg(adapter)
-    spec = AdapterSpec.of(adapter)
+    aggregator = start_aggregation(config, round_, before.adapter, before.residual)
+    names = select_trained(before.adapter, config.aggregation.method, round_)
+    spec = AdapterSpec.of({name: before.adapter[name] for name in names})
     addressees = sites.online()
     log.info("round %s: %s", round_, ", ".join(sorted(addressees.values())))
     outcomes: dict[str, str] = {}
@@ -89,7 +99,7 @@ def run_round(
         addressees,
         pb.TRAIN,
         round_,
-        _instruct(config, adapter),
+        _instruct(config, before),
         config.federation.round_deadline_seconds,
     ):
         facts = _fold(answer, aggregator, spec, config)
@@ -108,20 +118,25 @@ def run_round(
             f"round {round_} has {used} usable updates of at least "
             f"{config.federation.min_sites} ({why}); mend those sites, then resume the run"
         )
+    result = aggregator.finish()
     seconds = round(time.monotonic() - started, 3)
-    metrics.append("round", round=round_, sites=used, seconds=seconds)
+    metrics.append("round", round=round_, sites=used, seconds=seconds, **result.figures)
     log.info("round %s: %s sites in %s s", round_, used, seconds)
-    return aggregator.finish()
+    return result
 
 
-def _instruct(config: RunConfig, adapter: Adapter) -> bytes:
+def _instruct(config: RunConfig, before: Checkpoint) -> bytes:
     """The payload of a training instruction, the same for every site."""
-    train = pb.Train(config=config.model_dump_json(), adapter=encode(adapter, "float32"))
+    train = pb.Train(
+        config=config.model_dump_json(),
+        adapter=encode(before.adapter, "float32"),
+        residual=encode(before.residual, "float32") if before.residual else None,
+    )
     return train.SerializeToString()
 
 
 def _fold(
-    answer: Answer, aggregator: FedAvg, spec: AdapterSpec, config: RunConfig
+    answer: Answer, aggregator: Aggregator, spec: AdapterSpec, config: RunConfig
 ) -> dict[str, Any]:
     """Validate one answer and fold it in; returns what is recorded about it."""
     facts: dict[str, Any] = {
@@ -134,8 +149,10 @@ def _fold(
         return {**facts, "reason": answer.reason}
     try:
         delta = decode(update.delta)
-        check_update(delta, spec, config.aggregation.max_update_norm)
-        aggregator.add(delta, _weight(update, config))
+        rank = rank_of(delta) if config.lora.mixed_ranks else config.lora.rank
+        check_rank(rank, config.lora.rank)
+        check_update(delta, spec.at_rank(rank), config.aggregation.max_update_norm)
+        aggregator.add(answer.site, delta, _weight(update, config))
     except UpdateError as error:
         return {**facts, "outcome": INVALID, "reason": str(error)}
     return {
@@ -143,6 +160,7 @@ def _fold(
         "examples": update.examples,
         "tokens": update.tokens,
         "update_norm": norm(delta),
+        **({"rank": rank} if config.lora.mixed_ranks else {}),
         **dict(update.metrics),
     }
 
@@ -180,6 +198,7 @@ def _start(config: RunConfig, sites: Sites, exchange: Exchange) -> Checkpoint:
     return Checkpoint(
         round=0,
         adapter=initial_adapter(agreed.spec, config.seed, sites.given),
+        residual={},
         origin=Origin(base_digest=agreed.base_digest, family=agreed.family),
         issued=exchange.issued,
     )
@@ -200,7 +219,7 @@ def _evaluate(
     if evaluator is None or not due or done:
         return
     started = time.monotonic()
-    scores = evaluator.evaluate(config, checkpoint.round, checkpoint.adapter)
+    scores = evaluator.evaluate(config, checkpoint.round, checkpoint.adapter, checkpoint.residual)
     metrics.append(
         "evaluation",
         round=checkpoint.round,

@@ -113,7 +113,11 @@ def _check_row(where: str, record: Record, name: str, options: Sequence[str]) ->
 
 
 def evaluate(
-    base: BaseModel, adapter: Adapter, held_out: HeldOut, config: TrainingConfig
+    base: BaseModel,
+    adapter: Adapter,
+    held_out: HeldOut,
+    config: TrainingConfig,
+    residual: Adapter | None = None,
 ) -> dict[str, dict[str, float]]:
     """Score an adapter on a held-out set.
 
@@ -122,12 +126,13 @@ def evaluate(
         adapter: what is scored; all B zero is the untuned model.
         held_out: what `load_held_out` gave.
         config: `max_length` and `microbatch_tokens` are used.
+        residual: what lies frozen beside the adapter; None for nothing.
 
     Returns:
         Subset -> {"examples": rows, "loss": mean loss of a completion token, field: share of
         rows whose likeliest option is the right one}, and the same over all rows as "all".
     """
-    base.set_adapter(adapter)
+    base.set_adapter(adapter, residual)
     base.model.eval()
     rows = [(name, record) for name, records in held_out.subsets.items() for record in records]
     records = [record for _, record in rows]

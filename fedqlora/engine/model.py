@@ -7,11 +7,12 @@ sets another adapter on the same base.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ import transformers
 from bitsandbytes.nn.modules import Linear4bit
 from peft.helpers import disable_input_dtype_casting
 
-from fedqlora.adapter import Adapter, AdapterSpec, check_update
+from fedqlora.adapter import Adapter, AdapterSpec, check_residual, check_update, rank_of
 from fedqlora.config import LoraConfig, ModelConfig
 from fedqlora.engine.base import base_digest, resolve_base
 from fedqlora.engine.device import choose_device
@@ -34,6 +35,8 @@ __all__ = ["BaseModel", "Family", "base_digest", "resolve_base"]
 logger = logging.getLogger("fedqlora")
 
 Family = Literal["causal", "seq2seq"]
+
+_ADAPTER, _RESIDUAL = "default", "residual"
 
 
 class BaseModel:
@@ -65,6 +68,7 @@ class BaseModel:
         self.device = device
         self.compute_dtype = compute_dtype
         self.packs: bool | None = None
+        self._residual_rank = 0
         self._tensors = _adapter_tensors(model)
         self._given = {
             name: value.copy()
@@ -130,16 +134,47 @@ class BaseModel:
             name: tensor.detach().cpu().numpy().copy() for name, tensor in self._tensors.items()
         }
 
-    def set_adapter(self, adapter: Adapter) -> None:
-        """Put these values into the adapter.
+    def set_adapter(
+        self,
+        adapter: Adapter,
+        residual: Adapter | None = None,
+        trained: Collection[str] | None = None,
+    ) -> None:
+        """Put these values into the adapter, and nothing else beside it than the residual.
+
+        Args:
+            adapter: values of every tensor.
+            residual: a frozen adapter on the same layers whose product counts with scale 1;
+                None or empty for none.
+            trained: names of the tensors that may change in training; None for all.
 
         Raises:
             UpdateError: a name or shape is not the adapter's, or a value is not finite.
         """
         check_update(adapter, self.spec(), max_norm=float("inf"))
+        check_residual(residual or {}, self.spec(), max_rank=sys.maxsize)
+        self._set_residual(residual or {})
         with torch.no_grad():
             for name, tensor in self._tensors.items():
                 tensor.copy_(torch.from_numpy(np.ascontiguousarray(adapter[name])))
+                tensor.requires_grad_(trained is None or name in trained)
+
+    def _set_residual(self, residual: Adapter) -> None:
+        """Load a checked residual as a second active adapter, in place of the last one."""
+        rank = rank_of(residual)
+        if rank != self._residual_rank:
+            _replace_residual(self.model, rank)
+            self._residual_rank = rank
+        if rank == 0:
+            return
+        # This makes the tensors of both adapters trainable.
+        self.model.base_model.set_adapter([_ADAPTER, _RESIDUAL])
+        with torch.no_grad():
+            for name, tensor in _named_tensors(self.model, _RESIDUAL).items():
+                tensor.requires_grad_(False)
+                value = torch.from_numpy(np.ascontiguousarray(residual[name]))
+                tensor.zero_()
+                tensor[: value.shape[0], : value.shape[1]].copy_(value)
 
     def given(self) -> Adapter:
         """Starting values of the tensors that are neither A nor B (DoRA's magnitudes).
@@ -149,8 +184,8 @@ class BaseModel:
         return {name: value.copy() for name, value in self._given.items()}
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """The adapter's parameters by PEFT's names, in sorted order."""
-        return dict(self._tensors)
+        """The adapter's parameters that train now, by PEFT's names, in sorted order."""
+        return {name: p for name, p in self._tensors.items() if p.requires_grad}
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -166,10 +201,10 @@ class BaseModel:
             yield
 
     def frozen_digest(self) -> str:
-        """SHA-256 over the bytes of every frozen tensor, 4-bit codes and their scales included."""
+        """SHA-256 over the bytes of the base's tensors, 4-bit codes and their scales included."""
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
+            if ".lora_" in name:
                 continue
             tensors = [parameter.data]
             state = getattr(parameter, "quant_state", None)
@@ -279,11 +314,28 @@ def _add_adapter(base: Any, lora: LoraConfig, family: Family) -> Any:
 
 def _adapter_tensors(model: Any) -> dict[str, torch.nn.Parameter]:
     """The trainable parameters under the names of PEFT's state dict, sorted by name."""
-    by_address = {p.data_ptr(): p for p in model.parameters() if p.requires_grad}
-    state = peft.get_peft_model_state_dict(model)
-    tensors = {name: by_address.pop(state[name].data_ptr()) for name in sorted(state)}
-    if by_address:
+    tensors = _named_tensors(model, _ADAPTER)
+    if sum(p.requires_grad for p in model.parameters()) != len(tensors):
         raise ModelError("a weight of the base model is trainable; report this as a bug")
     if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
         raise ModelError("the adapter's weights are not float32; report this as a bug")
     return tensors
+
+
+def _named_tensors(model: Any, adapter: str) -> dict[str, torch.nn.Parameter]:
+    """One adapter's parameters under the names of PEFT's state dict, sorted by name."""
+    by_address = {p.data_ptr(): p for p in model.parameters()}
+    state = peft.get_peft_model_state_dict(model, adapter_name=adapter)
+    return {name: by_address[state[name].data_ptr()] for name in sorted(state)}
+
+
+def _replace_residual(model: Any, rank: int) -> None:
+    """Take the residual adapter away, and put one of another rank there unless that is 0."""
+    if _RESIDUAL in model.peft_config:
+        model.base_model.set_adapter(_ADAPTER)
+        model.delete_adapter(_RESIDUAL)
+    if rank > 0:
+        config = copy.deepcopy(model.peft_config[_ADAPTER])
+        config.r = config.lora_alpha = rank
+        config.lora_dropout, config.use_rslora = 0.0, False
+        model.add_adapter(_RESIDUAL, config)

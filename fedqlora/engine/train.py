@@ -12,7 +12,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +36,7 @@ class Trained:
     """A round's result at one site.
 
     Attributes:
-        delta: trained adapter minus the adapter that was sent.
+        delta: trained adapter minus the adapter that was sent, of the tensors that train.
         examples: examples seen, repeats counted.
         tokens: completion tokens trained on, repeats counted.
         loss: mean loss of a completion token over the round, before each step's update.
@@ -60,6 +60,8 @@ def train(
     site: str,
     round_: int,
     rounds: int,
+    residual: Adapter | None = None,
+    trained: Collection[str] | None = None,
 ) -> Trained:
     """Train one round; the same inputs give the same delta, to the bit on a CPU.
 
@@ -72,6 +74,8 @@ def train(
         site: the site's name, which makes its data order its own.
         round_: the number of this round, from 1.
         rounds: all rounds of the run, over which the learning rate is scheduled.
+        residual: what lies frozen beside the adapter; None for nothing.
+        trained: names of the tensors that train; None for all.
 
     Raises:
         DataError: no example has a completion token to learn.
@@ -81,7 +85,7 @@ def train(
     usable = [e for e in examples if count_targets(e, base.family) > 0]
     if not usable:
         raise DataError("no training example has a completion to learn; check the data file")
-    base.set_adapter(adapter)
+    base.set_adapter(adapter, residual, trained)
     base.model.train()
     _set_checkpointing(base, config.gradient_checkpointing)
     parameters = base.trainable()
@@ -116,8 +120,9 @@ def train(
         seconds,
         loss / tokens,
     )
+    after = base.get_adapter()
     return Trained(
-        delta=subtract(base.get_adapter(), adapter),
+        delta=subtract({name: after[name] for name in parameters}, adapter),
         examples=config.steps * config.batch_examples,
         tokens=tokens,
         loss=loss / tokens,
@@ -126,11 +131,15 @@ def train(
 
 
 def mean_loss(
-    base: BaseModel, adapter: Adapter, examples: Sequence[Tokenized], config: TrainingConfig
+    base: BaseModel,
+    adapter: Adapter,
+    examples: Sequence[Tokenized],
+    config: TrainingConfig,
+    residual: Adapter | None = None,
 ) -> float:
     """Mean loss of a completion token, without dropout; NaN if no example has one."""
     usable = [e for e in examples if count_targets(e, base.family) > 0]
-    base.set_adapter(adapter)
+    base.set_adapter(adapter, residual)
     if not usable:
         return math.nan
     base.model.eval()

@@ -1,7 +1,8 @@
 """FedAvg over A and B: the weighted mean of the sites' deltas.
 
 McMahan et al., arXiv 1602.05629; for LoRA factors FedIT, arXiv 2305.05644. The mean of A
-and the mean of B are not the factors of the mean product; see docs/adr for what follows.
+and the mean of B are not the factors of the mean product; `exact_svd` takes that one
+(docs/adr/0008-exact-aggregation.md).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedqlora.adapter import Adapter, FloatArray, chunks
 from fedqlora.errors import UpdateError
+from server.aggregation.aggregate import Aggregate, check_weight
 
 # 32 fraction bits: an absolute error below 1.2e-10 in a delta, with room for a total weight
 # times largest value of 2**31.
@@ -34,10 +36,11 @@ class FedAvg:
         self._weight = 0
         self._bound = 0
 
-    def add(self, delta: Adapter, weight: int) -> None:
+    def add(self, site: str, delta: Adapter, weight: int) -> None:
         """Fold in one site's delta.
 
         Args:
+            site: its name.
             delta: validated update, shaped like the adapter.
             weight: positive integer.
 
@@ -45,20 +48,19 @@ class FedAvg:
             UpdateError: the weight is not positive, or the sum would leave int64; nothing
                 was folded in.
         """
-        if weight < 1:
-            raise UpdateError(f"an update has weight {weight}; it needs at least one example")
+        check_weight(site, weight)
         largest = max((_largest(value) for value in delta.values()), default=0.0)
         bound = self._bound + weight * (int(largest * 2**FRACTION_BITS) + 1)
         if bound >= _LIMIT:
             raise UpdateError(
-                f"an update's largest value {largest:.3g} times weight {weight} is out of range"
+                f"site {site}'s largest value {largest:.3g} times weight {weight} is out of range"
             )
         for name, total in self._sums.items():
             _fold(total, delta[name], weight)
         self._weight += weight
         self._bound = bound
 
-    def finish(self) -> Adapter:
+    def finish(self) -> Aggregate:
         """The next adapter: the starting point plus the weighted mean delta.
 
         Raises:
@@ -71,7 +73,7 @@ class FedAvg:
         for name, value in result.items():
             for part, total in zip(chunks(value), chunks(self._sums[name]), strict=True):
                 part += total / scale
-        return result
+        return Aggregate(adapter=result)
 
 
 def _largest(value: FloatArray) -> float:

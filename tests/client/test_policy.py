@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from client.policy import Limits, Metrics, Models, Policy, check, load_policy, own_training
+from client.policy import (
+    Limits,
+    Metrics,
+    Models,
+    Policy,
+    check,
+    load_policy,
+    own_training,
+    training_rank,
+)
 from fedqlora.config import RunConfig, validate
 from fedqlora.errors import ConfigError, PolicyRefusal
 
@@ -37,6 +46,18 @@ def test_a_run_outside_the_policy_is_refused_by_rule(
     with pytest.raises(PolicyRefusal, match=rule) as caught:
         check(POLICY, asked, round_, digest)
     assert caught.value.rule == rule
+
+
+def test_what_comes_down_to_lie_frozen_is_not_counted_as_what_leaves() -> None:
+    asked = config(lora={"rank": 8}, aggregation={"residual_rank": 4000})
+    check(POLICY, asked, 1, DIGEST)
+
+
+def test_a_higher_rank_trains_at_the_policys_where_the_run_mixes_ranks() -> None:
+    asked = config(lora={"rank": 64, "mixed_ranks": True})
+    check(POLICY, asked, 1, DIGEST)
+    assert training_rank(POLICY, asked) == 8
+    assert training_rank(POLICY, config(lora={"rank": 4, "mixed_ranks": True})) == 4
 
 
 def test_a_weighting_by_a_withheld_count_is_refused() -> None:

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from client.policy import Limits, Metrics, Models, Policy
 from client.trainer import Trainer
 from fedqlora import protocol_pb2 as pb
-from fedqlora.adapter import AdapterSpec, check_update, initial_adapter
+from fedqlora.adapter import AdapterSpec, check_update, initial_adapter, rank_of
 from fedqlora.audit import AuditLog, verify
 from fedqlora.codec import decode, encode
 from fedqlora.config import RunConfig, validate
@@ -137,7 +137,7 @@ def test_a_site_describes_itself_and_trains(site: Site) -> None:
     ("sections", "family"),
     [
         ({"model": {"base": "tiny-t5", "compute_dtype": "float32"}}, "seq2seq"),
-        ({"lora": {"rank": 4, "dora": True}}, "causal"),
+        ({"lora": {"rank": 4, "dora": True}, "aggregation": {"method": "fedavg"}}, "causal"),
         ({"model": {"base": "tiny-llama", "quantization": "none"}}, "causal"),
     ],
     ids=["seq2seq", "dora", "unquantized"],
@@ -315,3 +315,63 @@ def test_an_adapter_that_is_not_this_models_is_refused(site: Site) -> None:
     refusal = ask(service, pb.TRAIN, body, 2)
     assert isinstance(refusal, pb.Refusal)
     assert refusal.code == "UpdateError"
+
+
+def residual_of(spec: AdapterSpec, rank: int) -> pb.Tensors:
+    start = initial_adapter(spec.at_rank(rank), 2, {})
+    return encode({name: value + 0.01 for name, value in start.items()}, "float32")
+
+
+def test_a_residual_is_trained_beside_and_does_not_leave(site: Site) -> None:
+    service, config = site.service(), run_config()
+    train, spec = instruct(config, described(service, config))
+    alone = ask(service, pb.TRAIN, train, 2)
+    train.residual.CopyFrom(residual_of(spec, 7))
+    update = ask(service, pb.TRAIN, train, 3)
+    assert isinstance(alone, pb.Update)
+    assert isinstance(update, pb.Update)
+    check_update(decode(update.delta), spec, max_norm=100)
+    assert update.metrics["validation_loss"] != alone.metrics["validation_loss"]
+    assert update.delta != alone.delta
+
+
+@pytest.mark.parametrize(
+    ("method", "rank", "sentence"),
+    [("fedavg", 1, "more than the 0"), ("exact_svd", 17, "more than the 16")],
+)
+def test_a_residual_that_the_run_does_not_have_is_refused(
+    site: Site, method: str, rank: int, sentence: str
+) -> None:
+    service, config = site.service(), run_config(aggregation={"method": method})
+    train, spec = instruct(config, described(service, config))
+    train.residual.CopyFrom(residual_of(spec, rank))
+    refusal = ask(service, pb.TRAIN, train, 2)
+    assert isinstance(refusal, pb.Refusal)
+    assert refusal.code == "UpdateError"
+    assert sentence in refusal.sentence
+
+
+@pytest.mark.parametrize("method", ["ffa", "rolora", "fedsvd"])
+def test_only_b_leaves_where_a_is_frozen(site: Site, method: str) -> None:
+    service, config = site.service(), run_config(aggregation={"method": method})
+    train, spec = instruct(config, described(service, config))
+    update = ask(service, pb.TRAIN, train, 2)
+    assert isinstance(update, pb.Update)
+    assert set(decode(update.delta)) == {name for name, _ in spec.shapes if ".lora_B." in name}
+
+
+def test_a_site_below_the_runs_rank_describes_the_runs_adapter_and_trains_its_own(
+    site: Site,
+) -> None:
+    site.policy = site.policy.model_copy(update={"limits": Limits(rank=2)})
+    config = run_config(lora={"rank": 4, "mixed_ranks": True})
+    service = site.service()
+    train, spec = instruct(config, described(service, config))
+    assert rank_of(decode(train.adapter)) == 4
+    train.residual.CopyFrom(residual_of(spec, 3))
+    update = ask(service, pb.TRAIN, train, 2)
+    assert isinstance(update, pb.Update)
+    check_update(decode(update.delta), spec.at_rank(2), max_norm=100)
+    refusal = ask(service, pb.DESCRIBE, describe(run_config(lora={"rank": 4})), 3)
+    assert isinstance(refusal, pb.Refusal)
+    assert refusal.rule == "limits.rank"

@@ -19,7 +19,8 @@ LONG = 300
 def final_bytes(folder: RunFolder) -> bytes:
     newest = folder.latest()
     assert newest is not None
-    return safetensors.numpy.save(newest.adapter)
+    assert newest.residual, "exact_svd leaves a residual, which has to come back as well"
+    return safetensors.numpy.save(newest.adapter) + safetensors.numpy.save(newest.residual)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from fedqlora import protocol_pb2 as pb
+from fedqlora.adapter import rank_of
 from fedqlora.envelope import sign
 from fedqlora.keys import load_signing_key
 from fedqlora.protocol_pb2_grpc import TrainerStub
@@ -30,6 +31,16 @@ def test_a_run_of_real_processes_learns_and_leaves_a_whole_run_folder(
     assert set(scores) == {0, 1, 2}
     assert scores[2]["loss"] < scores[0]["loss"]
     assert hospitals.outcomes(folder, 2) == {"a": "used", "b": "used"}
+    # exact_svd, the default: two sites at rank 4 leave a residual of rank 4, which goes down.
+    newest = folder.latest()
+    assert newest is not None
+    assert rank_of(newest.residual) > 0
+    down = {r: hospitals.sites(folder, r)[0]["bytes_down"] for r in (1, 2)}
+    assert down[2] > 1.8 * down[1]
+    rounds = [line for line in lines if line["event"] == "round"]
+    assert rounds[0]["residual_norm"] > 0
+    exported = json.loads((folder.path / "adapter" / "adapter_config.json").read_text())
+    assert exported["r"] == 4 + rank_of(newest.residual)
     names = {path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*")}
     assert {
         "config.json",

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fedqlora.config import RunConfig, load_run, validate
+from fedqlora.combinations import COMBINATIONS
+from fedqlora.config import LoraConfig, RunConfig, load_run, validate
 from fedqlora.errors import ConfigError
 
 GOOD = {"model": {"base": "tiny"}}
@@ -61,3 +62,52 @@ def test_a_missing_file_and_broken_toml_are_named(tmp_path: Path) -> None:
 def test_a_configuration_survives_its_json_form() -> None:
     config = validate(RunConfig, {**GOOD, "lora": {"targets": ["q_proj"]}}, "run.toml")
     assert RunConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize("method", ["exact_svd", "fedsvd", "ffa", "rolora"])
+def test_dora_goes_with_fedavg_only(method: str) -> None:
+    dora = {**GOOD, "lora": {"dora": True}, "aggregation": {"method": method}}
+    with pytest.raises(ConfigError, match=r'lora.dora .*method = "fedavg"'):
+        validate(RunConfig, dora, "run.toml")
+    validate(RunConfig, {**dora, "aggregation": {"method": "fedavg"}}, "run.toml")
+
+
+@pytest.mark.parametrize("method", ["fedavg", "rolora", "ffa", "fedsvd"])
+def test_mixed_ranks_go_with_exact_svd_only(method: str) -> None:
+    mixed = {**GOOD, "lora": {"mixed_ranks": True}, "aggregation": {"method": method}}
+    with pytest.raises(ConfigError, match=r'lora.mixed_ranks .*method = "exact_svd"'):
+        validate(RunConfig, mixed, "run.toml")
+    validate(RunConfig, {**mixed, "aggregation": {"method": "exact_svd"}}, "run.toml")
+
+
+@pytest.mark.parametrize("method", ["fedavg", "rolora", "ffa", "fedsvd"])
+def test_a_residual_rank_goes_with_exact_svd_only(method: str) -> None:
+    ranked = {**GOOD, "aggregation": {"method": method, "residual_rank": 4}}
+    with pytest.raises(ConfigError, match=r"residual_rank .* keeps nothing; leave it out"):
+        validate(RunConfig, ranked, "run.toml")
+    assert validate(RunConfig, {**GOOD, "aggregation": {"method": method}}, "t").residual_rank == 0
+
+
+def test_every_refused_combination_has_a_case_above() -> None:
+    """A new row needs a test of its own: this one fails until it is counted."""
+    assert len(COMBINATIONS) == 5
+
+
+def test_exact_svd_is_the_default_and_keeps_four_times_the_rank() -> None:
+    config = validate(RunConfig, {**GOOD, "lora": {"rank": 6}}, "run.toml")
+    assert (config.aggregation.method, config.residual_rank) == ("exact_svd", 24)
+    own = {**GOOD, "aggregation": {"residual_rank": 0}}
+    assert validate(RunConfig, own, "run.toml").residual_rank == 0
+
+
+def test_an_unknown_method_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"aggregation.method is wrong: .*'exact_svd', 'fedavg'"):
+        validate(RunConfig, {**GOOD, "aggregation": {"method": "fedaverage"}}, "run.toml")
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_another_rank_keeps_the_scale(rslora: bool) -> None:
+    lora = LoraConfig(rank=9, alpha=18, rslora=rslora)
+    assert lora.scale == (6 if rslora else 2)
+    assert lora.at_rank(4).scale == pytest.approx(lora.scale)
+    assert lora.at_rank(9) is lora

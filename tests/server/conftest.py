@@ -13,10 +13,11 @@ from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedqlora import protocol_pb2 as pb
-from fedqlora.adapter import Adapter, AdapterSpec
+from fedqlora.adapter import Adapter, AdapterSpec, lower_rank
 from fedqlora.codec import decode, encode
 from fedqlora.config import RunConfig, validate
 from fedqlora.engine.service import Identity, Service
+from fedqlora.halves import select_trained
 from server.checkpoint import RunFolder
 from server.exchange import Exchange
 
@@ -42,7 +43,9 @@ class LearningSite:
     spec: AdapterSpec = SPEC
     examples: int = 16
     spoil: Callable[[Adapter], Adapter] = keep
+    rank: int | None = None
     trained: list[int] = field(default_factory=list)
+    residuals: list[Adapter] = field(default_factory=list)
 
     def perform(
         self, header: pb.Header, config: RunConfig, body: pb.Describe | pb.Train | pb.Evaluate
@@ -56,10 +59,11 @@ class LearningSite:
             )
         assert isinstance(body, pb.Train)
         self.trained.append(header.round)
-        delta = {
-            name: ((self.target - value) / 2).astype(np.float32)
-            for name, value in decode(body.adapter).items()
-        }
+        adapter = decode(body.adapter)
+        self.residuals.append(decode(body.residual) if body.HasField("residual") else {})
+        names = select_trained(adapter, config.aggregation.method, header.round)
+        lower, _ = lower_rank(adapter, {}, self.rank or config.lora.rank, config.lora.scale)
+        delta = {name: ((self.target - lower[name]) / 2).astype(np.float32) for name in names}
         return pb.Update(
             delta=encode(self.spoil(delta), config.codec.update),
             examples=self.examples,
@@ -127,7 +131,9 @@ class House:
         return Exchange(self.grid, COORDINATOR, keys, self.folder.name, issued)  # type: ignore[arg-type]
 
 
-def run_config(**federation: object) -> RunConfig:
+def run_config(
+    method: str = "fedavg", mixed_ranks: bool = False, **federation: object
+) -> RunConfig:
     settings = {"rounds": 2, "wait_seconds": 0.2, "round_deadline_seconds": 1, **federation}
     return validate(
         RunConfig,
@@ -135,6 +141,8 @@ def run_config(**federation: object) -> RunConfig:
             "model": {"base": "tiny"},
             "training": {"steps": 1, "batch_examples": 16},
             "codec": {"update": "float32"},
+            "lora": {"rank": 2, "mixed_ranks": mixed_ranks},
+            "aggregation": {"method": method},
             "federation": settings,
         },
         "run.toml",

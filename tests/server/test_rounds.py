@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from typing import Any, get_args
 
 import httpx
 import numpy as np
 import pytest
 from flwr.app import Error
+from safetensors.numpy import save
 
 from fedqlora import protocol_pb2 as pb
 from fedqlora.adapter import Adapter, AdapterSpec, initial_adapter
 from fedqlora.envelope import sign
 from fedqlora.errors import FederationError
-from server.checkpoint import RunFolder
+from fedqlora.halves import Method
+from server.checkpoint import Checkpoint, RunFolder
 from server.metrics import Metrics
 from server.rounds import federate
 from tests.server.conftest import SPEC, House, LearningSite, run_config, site_key
 
-B = "m.lora_B.weight"
+A, B = "m.lora_A.weight", "m.lora_B.weight"
 
 
 def outcomes(house: House, round_: int) -> dict[str, str]:
@@ -35,8 +38,17 @@ def reasons(house: House) -> str:
     return " ".join(line.get("reason", "") for line in lines)
 
 
+def events(house: House, event: str) -> list[dict[str, Any]]:
+    lines = Metrics(house.folder.path / "metrics.jsonl").read()
+    return [line for line in lines if line["event"] == event]
+
+
+def finish(house: House) -> Checkpoint:
+    return federate(house.folder, house.exchange(), len(house.sites), None)
+
+
 def run(house: House) -> Adapter:
-    return federate(house.folder, house.exchange(), len(house.sites), None).adapter
+    return finish(house).adapter
 
 
 def test_two_rounds_of_two_sites_give_the_weighted_mean(house: House) -> None:
@@ -247,23 +259,94 @@ def test_a_node_that_is_not_in_the_roster_is_left_out(house: House) -> None:
     np.testing.assert_allclose(run(house)[B], np.full((3, 2), 3.0))
 
 
-def test_a_resumed_run_ends_with_the_same_bits_as_an_unbroken_one(house: House) -> None:
-    house.folder = RunFolder.create(house.tmp_path / "runs", run_config(rounds=4))
-    for name, target in (("a", 1.0), ("b", 0.3)):
-        house.admit(name, LearningSite(target=target, examples=7))
-    unbroken = run(house)
+def tilted(seed: int) -> Callable[[Adapter], Adapter]:
+    """A site's own direction: without it all deltas, and so their products, are parallel."""
+    return lambda delta: {
+        name: value + np.random.default_rng(seed).normal(0, 0.1, value.shape).astype(np.float32)
+        for name, value in delta.items()
+    }
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_a_resumed_run_ends_with_the_same_bits_as_an_unbroken_one(
+    house: House, method: str
+) -> None:
+    house.folder = RunFolder.create(house.tmp_path / "runs", run_config(method, rounds=4))
+    for name, target, seed in (("a", 1.0, 1), ("b", 0.3, 2)):
+        house.admit(name, LearningSite(target=target, examples=7, spoil=tilted(seed)))
+    unbroken = finish(house)
+    assert bool(unbroken.residual) == (method == "exact_svd")
     # As if the ServerApp had been killed in round 3: its checkpoint and what follows are gone.
     for round_ in (3, 4):
         shutil.rmtree(house.folder.path / "rounds" / f"{round_:04d}")
     trained_before = list(house.sites["a"].trained)
-    resumed = run(house)
+    resumed = finish(house)
     assert house.sites["a"].trained == [*trained_before, 3, 4]
-    assert {n: v.tobytes() for n, v in resumed.items()} == {
-        n: v.tobytes() for n, v in unbroken.items()
-    }
-    rounds = [
-        line["round"]
-        for line in Metrics(house.folder.path / "metrics.jsonl").read()
-        if line["event"] == "round"
-    ]
+    assert save(resumed.adapter) == save(unbroken.adapter)
+    assert save(resumed.residual) == save(unbroken.residual)
+    rounds = [line["round"] for line in events(house, "round")]
     assert rounds == [1, 2, 3, 4]
+
+
+def test_exact_svd_sends_the_residual_and_records_what_it_keeps(house: House) -> None:
+    house.folder = RunFolder.create(house.tmp_path / "runs", run_config("exact_svd"))
+    house.admit("a", LearningSite(target=1.0, spoil=tilted(1)))
+    house.admit("b", LearningSite(target=-1.0, spoil=tilted(2)))
+    checkpoint = finish(house)
+    first, second = house.sites["a"].residuals
+    assert first == {}
+    # A layer of 3 x 4 has at most rank 3: two train, one is left.
+    assert {name: value.shape for name, value in second.items()} == {A: (1, 4), B: (3, 1)}
+    assert set(checkpoint.residual) == {A, B}
+    rounds = events(house, "round")
+    assert rounds[0]["residual_norm"] > 0
+    assert rounds[0]["discarded_norm"] < 1e-6
+    down = [line["bytes_down"] for line in events(house, "site") if line["site"] == "a"]
+    assert down[1] - down[0] > second[A].nbytes + second[B].nbytes
+
+
+@pytest.mark.parametrize(("method", "sent"), [("ffa", [B, B]), ("rolora", [B, A])])
+def test_only_the_half_that_trains_is_taken(house: House, method: str, sent: list[str]) -> None:
+    house.folder = RunFolder.create(house.tmp_path / "runs", run_config(method))
+    seen: list[str] = []
+
+    def note(delta: Adapter) -> Adapter:
+        seen.extend(delta)
+        return delta
+
+    house.admit("a", LearningSite(target=4.0, spoil=note))
+    house.admit("b", LearningSite(target=4.0))
+    more = {A: np.ones((2, 4), np.float32), B: np.ones((3, 2), np.float32)}
+    house.admit("eager", LearningSite(target=4.0, spoil=lambda _: more))
+    run(house)
+    assert seen == sent
+    assert outcomes(house, 1) == {"a": "used", "b": "used", "eager": "invalid"}
+    assert "unknown tensor" in reasons(house)
+
+
+def test_sites_of_mixed_ranks_are_folded_into_one_adapter(house: House) -> None:
+    config = run_config("exact_svd", mixed_ranks=True)
+    house.folder = RunFolder.create(house.tmp_path / "runs", config)
+    house.admit("a", LearningSite(target=1.0))
+    house.admit("low", LearningSite(target=-1.0, rank=1))
+    wide = {A: np.ones((3, 4), np.float32), B: np.ones((3, 3), np.float32)}
+    house.admit("wide", LearningSite(target=1.0, spoil=lambda _: wide))
+    uneven = {A: np.ones((2, 4), np.float32), B: np.ones((3, 1), np.float32)}
+    house.admit("uneven", LearningSite(target=1.0, spoil=lambda _: uneven))
+    assert run(house)[A].shape == (2, 4)
+    ranks = {line["site"]: line["rank"] for line in events(house, "site") if "rank" in line}
+    assert ranks == {"a": 2, "low": 1}
+    assert outcomes(house, 2) == {
+        "a": "used", "low": "used", "wide": "invalid", "uneven": "invalid",
+    }  # fmt: skip
+    assert "rank 3; train at a rank from 1 to 2" in reasons(house)
+
+
+def test_a_lower_rank_without_mixed_ranks_is_left_out(house: House) -> None:
+    house.folder = RunFolder.create(house.tmp_path / "runs", run_config("exact_svd"))
+    house.admit("a", LearningSite(target=1.0))
+    house.admit("b", LearningSite(target=1.0))
+    house.admit("low", LearningSite(target=1.0, rank=1))
+    run(house)
+    assert outcomes(house, 1)["low"] == "invalid"
+    assert "has shape" in reasons(house)

@@ -1,0 +1,54 @@
+"""Combinations: settings of a run that are each fine and are refused together.
+
+Checked when a configuration is validated, so before anything starts, and at every site again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedqlora.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Settings that are each fine and are refused together."""
+
+    is_asked_for: Callable[[RunConfig], bool]
+    sentence: str
+    """Why they do not go together, and what to choose instead."""
+
+
+COMBINATIONS = (
+    Combination(
+        lambda run: run.lora.dora and run.aggregation.method in ("exact_svd", "fedsvd"),
+        "lora.dora needs the factors as they were trained, for its update is not linear in B A, "
+        'and this aggregation.method makes them anew; set aggregation.method = "fedavg"',
+    ),
+    Combination(
+        lambda run: run.lora.dora and run.aggregation.method in ("ffa", "rolora"),
+        "lora.dora trains a magnitude beside A and B, which this aggregation.method freezes or "
+        'leaves out; set aggregation.method = "fedavg"',
+    ),
+    Combination(
+        lambda run: run.lora.mixed_ranks and run.aggregation.method in ("fedavg", "rolora"),
+        "lora.mixed_ranks gives factors of different shapes, and this aggregation.method takes "
+        'the mean of factors; set aggregation.method = "exact_svd"',
+    ),
+    Combination(
+        lambda run: run.lora.mixed_ranks and run.aggregation.method in ("ffa", "fedsvd"),
+        "lora.mixed_ranks would leave columns of B that only some sites ever train under this "
+        'aggregation.method; set aggregation.method = "exact_svd"',
+    ),
+    Combination(
+        lambda run: (
+            run.aggregation.residual_rank is not None and run.aggregation.method != "exact_svd"
+        ),
+        "aggregation.residual_rank is the rank of what exact_svd keeps, and this "
+        'aggregation.method keeps nothing; leave it out or set aggregation.method = "exact_svd"',
+    ),
+)
+"""All combinations that a run's configuration refuses; a test has one case for each."""

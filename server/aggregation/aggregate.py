@@ -1,0 +1,59 @@
+"""Aggregate: what a round's updates became, and what every method of aggregation offers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fedqlora.adapter import Adapter
+from fedqlora.errors import UpdateError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aggregate:
+    """The result of a round.
+
+    Attributes:
+        adapter: what the sites train next.
+        residual: what they load beside it, frozen, with scale 1; empty if there is none.
+        figures: norms that the round's metrics record.
+    """
+
+    adapter: Adapter
+    residual: Adapter = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+class Aggregator(Protocol):
+    """Takes the updates of one round as they arrive.
+
+    Guarantee: the order of arrival does not change a bit of the result.
+    """
+
+    def add(self, site: str, delta: Adapter, weight: int) -> None:
+        """Take one site's validated delta of the tensors that trained.
+
+        Raises:
+            UpdateError: the weight is not positive or the delta is out of range; nothing of it
+                was taken.
+        """
+
+    def finish(self) -> Aggregate:
+        """The round's result.
+
+        Raises:
+            UpdateError: no update was taken.
+        """
+
+
+def check_weight(site: str, weight: int) -> None:
+    """Refuse a weight that would not count.
+
+    Raises:
+        UpdateError: it is not positive.
+    """
+    if weight < 1:
+        raise UpdateError(
+            f"site {site}'s update has weight {weight}; it needs at least one example"
+        )
