@@ -12,7 +12,7 @@ from typing import Any
 
 from fedqlora import protocol_pb2 as pb
 from fedqlora.adapter import Adapter, AdapterSpec, check_update, initial_adapter, norm
-from fedqlora.codec import decode, encode
+from fedqlora.codec import decode_delta, encode
 from fedqlora.config import RunConfig
 from fedqlora.errors import FederationError, UpdateError
 from server.aggregation.fedavg import FedAvg
@@ -133,7 +133,7 @@ def _fold(
     if not isinstance(update, pb.Update):
         return {**facts, "reason": answer.reason}
     try:
-        delta = decode(update.delta)
+        delta = decode_delta(update.delta, spec)
         check_update(delta, spec, config.aggregation.max_update_norm)
         aggregator.add(delta, _weight(update, config))
     except UpdateError as error:

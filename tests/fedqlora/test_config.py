@@ -28,6 +28,16 @@ def test_defaults_fill_everything_but_the_base_model() -> None:
             "run.toml: lora.rank is wrong: input should be greater than or equal to 1",
         ),
         (
+            {**GOOD, "codec": {"update": "topk", "topk_fraction": 0}},
+            "run.toml: codec.topk_fraction is wrong: "
+            "input should be greater than or equal to 0.001",
+        ),
+        (
+            {**GOOD, "codec": {"update": "int4"}},
+            "run.toml: codec.update is wrong: "
+            "input should be 'bfloat16', 'float32', 'int8', 'nf4' or 'topk'",
+        ),
+        (
             {**GOOD, "federation": {"min_sites": 3, "expected_sites": 2}},
             "run.toml: federation is wrong: expected_sites is smaller than min_sites; "
             "raise it or lower min_sites",
