@@ -257,6 +257,7 @@ benchmarks: install ## the figures of the README, as ratios
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.round_overhead
 	$(BIN)/python -m benchmarks.admission
+	$(BIN)/python -m benchmarks.codec
 
 .PHONY: proto
 proto: install ## generate the stubs beside fedqlora/protocol.proto

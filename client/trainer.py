@@ -14,6 +14,7 @@ import math
 import sys
 from pathlib import Path
 
+from client.feedback import Feedback
 from client.policy import Policy, check, load_policy, own_training, training_rank
 from fedqlora import protocol_pb2 as pb
 from fedqlora.adapter import Adapter, check_residual, check_update, lower_rank
@@ -46,6 +47,7 @@ class Trainer:
         models: folder of base models, never written.
         policy: the site's rules.
         audit: the site's log; what cannot be logged is not done.
+        feedback: what lossy encodings left out of the site's updates.
         warm: where the base model stays loaded.
     """
 
@@ -57,6 +59,7 @@ class Trainer:
         models: Path,
         policy: Policy,
         audit: AuditLog,
+        feedback: Feedback,
         warm: WarmModel,
     ) -> None:
         self._site = site
@@ -64,6 +67,7 @@ class Trainer:
         self._models = models
         self._policy = policy
         self._audit = audit
+        self._feedback = feedback
         self._warm = warm
         self._examples: tuple[object, list[Tokenized], list[Tokenized]] | None = None
 
@@ -134,7 +138,9 @@ class Trainer:
         allowed: tuple[str, ...] = self._policy.metrics.allowed
         leaving = {name: value for name, value in figures.items() if name in allowed}
         update = pb.Update(
-            delta=encode(result.delta, config.codec.update),
+            delta=self._feedback.encode(
+                result.delta, config.codec, run=header.run, round_=header.round
+            ),
             examples=int(leaving.pop("examples", 0)),
             tokens=int(leaving.pop("tokens", 0)),
             metrics=leaving,
@@ -213,7 +219,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--keys", required=True, type=Path, help="folder with signing.key and coordinator.pub"
     )
-    parser.add_argument("--state", required=True, type=Path, help="replay window and audit log")
+    parser.add_argument(
+        "--state", required=True, type=Path, help="replay window, audit log and feedback"
+    )
     parser.add_argument("--socket", required=True, type=Path, help="unix socket to serve on")
     add_device_options(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -227,6 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
             models=options.models,
             policy=load_policy(options.policy),
             audit=AuditLog(options.state / "audit.jsonl"),
+            feedback=Feedback(options.state / "feedback"),
             warm=WarmModel(choose_device(options.device, options.memory_fraction)),
         )
         serve(Service(identity, options.state / "window", trainer), options.socket)

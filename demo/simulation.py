@@ -24,6 +24,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from client.app import reply_with, unwrap
+from client.feedback import Feedback
 from client.policy import load_policy
 from client.trainer import Trainer
 from demo.devices import Device
@@ -197,6 +198,7 @@ def answer(site: SimulatedSite, models: Path, envelope: bytes) -> bytes:
         models=models,
         policy=load_policy(site.policy),
         audit=AuditLog(site.state / "audit.jsonl"),
+        feedback=Feedback(site.state / "feedback"),
         warm=_warm_model(),
     )
     identity = Identity.load(site.name, site.keys)

@@ -50,5 +50,18 @@ COMBINATIONS = (
         "aggregation.residual_rank is the rank of what exact_svd keeps, and this "
         'aggregation.method keeps nothing; leave it out or set aggregation.method = "exact_svd"',
     ),
+    Combination(
+        lambda run: (
+            run.codec.keeps_error and run.aggregation.method in ("exact_svd", "fedsvd", "rolora")
+        ),
+        "codec.error_feedback adds what an update left out to the next one, which this "
+        "aggregation.method makes of other factors; set codec.error_feedback = false or "
+        'aggregation.method = "fedavg"',
+    ),
+    Combination(
+        lambda run: run.lora.mixed_ranks and run.codec.update in ("int8", "nf4", "topk"),
+        "this codec.update does not say at which rank a site trained, as lora.mixed_ranks needs; "
+        'set codec.update = "bfloat16"',
+    ),
 )
 """All combinations that a run's configuration refuses; a test has one case for each."""

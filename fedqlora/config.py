@@ -156,8 +156,19 @@ class AggregationConfig(Section):
 class CodecConfig(Section):
     """How adapters travel. The server always sends float32."""
 
-    update: Literal["bfloat16", "float32"] = "bfloat16"
-    """Encoding of the updates that sites send."""
+    update: Literal["bfloat16", "float32", "int8", "nf4", "topk"] = "bfloat16"
+    """Encoding of the updates that sites send: all bits, 16 of 32, 8 or 4 bits in blocks of
+    64, or the largest values only."""
+    topk_fraction: float = Field(default=0.1, ge=0.001, le=1)
+    """Share of an update's values that `topk` sends."""
+    error_feedback: bool = True
+    """What `int8`, `nf4` or `topk` left out of an update stays at its site and is added to
+    the site's next update (arXiv 1809.07599)."""
+
+    @property
+    def keeps_error(self) -> bool:
+        """Whether sites keep what the encoding left out."""
+        return self.error_feedback and self.update in ("int8", "nf4", "topk")
 
 
 class EvaluationConfig(Section):

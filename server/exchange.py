@@ -187,6 +187,7 @@ class Exchange:
         if message.has_error():
             reason = f"Flower error {message.error.code}: {str(message.error.reason)[:200]}"
             return Answer(node=node, site=site, failure=LOST, reason=reason, sent_bytes=size)
+        data = b""
         try:
             data = message.content.array_records["envelope"]["envelope"].numpy().tobytes()
             signer = site if site != ANY_SITE else claimed_header(data).site
@@ -200,10 +201,23 @@ class Exchange:
         except (EnvelopeError, KeyError, ValueError) as error:
             reason = str(error) if isinstance(error, EnvelopeError) else "it is not an envelope"
             log.warning("reply from %s refused: %s", site, reason)
-            return Answer(node=node, site=site, failure=INVALID, reason=reason, sent_bytes=size)
+            return Answer(
+                node=node,
+                site=site,
+                failure=INVALID,
+                reason=reason,
+                sent_bytes=size,
+                received_bytes=len(data),
+            )
         if isinstance(body, pb.Refusal):
-            reason = f"{body.code}: {body.sentence}"
-            return Answer(node=node, site=signer, failure=REFUSED, reason=reason, sent_bytes=size)
+            return Answer(
+                node=node,
+                site=signer,
+                failure=REFUSED,
+                reason=f"{body.code}: {body.sentence}",
+                sent_bytes=size,
+                received_bytes=len(data),
+            )
         return Answer(
             node=node, site=signer, message=body, sent_bytes=size, received_bytes=len(data)
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedqlora import protocol_pb2 as pb
 from fedqlora.adapter import AdapterSpec, check_rank, check_update, initial_adapter, norm, rank_of
-from fedqlora.codec import decode, encode
+from fedqlora.codec import decode_delta, encode
 from fedqlora.config import RunConfig
 from fedqlora.errors import FederationError, UpdateError
 from fedqlora.halves import select_trained
@@ -148,7 +148,8 @@ def _fold(
     if not isinstance(update, pb.Update):
         return {**facts, "reason": answer.reason}
     try:
-        delta = decode(update.delta)
+        # Encodings that do not name their tensors are of the run's own rank: others are refused.
+        delta = decode_delta(update.delta, spec)
         rank = rank_of(delta) if config.lora.mixed_ranks else config.lora.rank
         check_rank(rank, config.lora.rank)
         check_update(delta, spec.at_rank(rank), config.aggregation.max_update_norm)

@@ -21,6 +21,7 @@ from server.control import ControlClient
 from server.metrics import Metrics
 from server.runs import wait_for_run
 from server.table import Scores, render
+from server.traffic import describe_traffic
 
 Connect = Callable[[], ControlClient]
 """Makes a client of the Control API."""
@@ -192,7 +193,10 @@ def read_scores(folder: RunFolder) -> dict[str, Scores]:
 
 
 def write_result(folder: RunFolder, rows: Mapping[str, Scores]) -> str:
-    """Writes the table of models and scores into the run folder as result.md, and returns it.
+    """Writes a run's result into its folder as result.md: the table, then the bytes of a round.
+
+    Returns:
+        The text.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -203,6 +207,8 @@ def write_result(folder: RunFolder, rows: Mapping[str, Scores]) -> str:
         else "No held-out scores: the run had evaluation.enabled = false. The sites' losses are in "
         "metrics.jsonl."
     )
+    traffic = describe_traffic(Metrics(folder.path / "metrics.jsonl").read())
+    text = "\n\n".join(part for part in (text, traffic) if part)
     try:
         write_durably(folder.path / "result.md", text.encode() + b"\n")
     except OSError as error:

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from client.feedback import Feedback
 from client.policy import Limits, Metrics, Models, Policy
 from client.trainer import Trainer
 from fedqlora import protocol_pb2 as pb
 from fedqlora.adapter import AdapterSpec, check_update, initial_adapter, rank_of
 from fedqlora.audit import AuditLog, verify
-from fedqlora.codec import decode, encode
+from fedqlora.codec import decode, decode_delta, encode
 from fedqlora.config import RunConfig, validate
 from fedqlora.engine.base import base_digest
 from fedqlora.engine.model import BaseModel
@@ -45,6 +46,7 @@ class Site:
             models=self.folder / "models",
             policy=self.policy,
             audit=AuditLog(self.folder / "audit.jsonl"),
+            feedback=Feedback(self.folder / "feedback"),
             warm=WarmModel(),
         )
         identity = Identity(name="a", key=SITE, coordinator=COORDINATOR.public_key())
@@ -73,11 +75,13 @@ def ask(
     return parse(*exchange(service, kind, body, issued))
 
 
-def exchange(service: Service, kind: pb.Kind, body: Any, issued: int) -> tuple[bytes, bytes]:
+def exchange(
+    service: Service, kind: pb.Kind, body: Any, issued: int, round_: int = 1
+) -> tuple[bytes, bytes]:
     envelope = sign(
         COORDINATOR,
         run="r",
-        round_=0 if kind == pb.DESCRIBE else 1,
+        round_=0 if kind == pb.DESCRIBE else round_,
         site="a",
         kind=kind,
         issued=issued,
@@ -230,6 +234,36 @@ def test_an_instruction_cut_off_in_mid_training_is_carried_out_again_to_the_same
     assert isinstance(first, pb.Update)
     assert isinstance(second, pb.Update)
     assert first.delta == second.delta
+
+
+def delta_of(answer: tuple[bytes, bytes]) -> pb.Tensors:
+    update = parse(*answer)
+    assert isinstance(update, pb.Update), update
+    return update.delta
+
+
+def test_what_a_round_left_out_goes_into_the_next_one_once_whatever_is_done_twice(
+    site: Site,
+) -> None:
+    config = run_config(codec={"update": "nf4"}, aggregation={"method": "fedavg"})
+    service = site.service()
+    train, spec = instruct(config, described(service, config))
+    first = delta_of(exchange(service, pb.TRAIN, train, 2))
+    # A restart: the next round takes it from the disk.
+    answer = exchange(site.service(), pb.TRAIN, train, 3, round_=2)
+    second = delta_of(answer)
+    # As after a crash between keeping what is left out and storing the reply.
+    for reply in (site.folder / "window").glob("*.reply"):
+        reply.unlink()
+    assert delta_of((answer[0], site.service().exchange(answer[0]))) == second
+    # As after a crash of the ServerApp, which asks for the round again with a new number.
+    assert delta_of(exchange(site.service(), pb.TRAIN, train, 4, round_=2)) == second
+    plain = run_config(codec={"update": "nf4", "error_feedback": False})
+    train.config = plain.model_dump_json()
+    forgetful = delta_of(exchange(site.service(), pb.TRAIN, train, 5, round_=2))
+    assert forgetful != second
+    check_update(decode_delta(first, spec), spec, max_norm=100)
+    check_update(decode_delta(second, spec), spec, max_norm=100)
 
 
 def test_a_reply_that_cannot_be_stored_is_refused_and_carried_out_once_there_is_room(

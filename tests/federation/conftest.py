@@ -38,7 +38,15 @@ class Hospitals:
     certs: Path
     scratch: Path
 
-    def new_run(self, *, rounds: int = 2, steps: int = 2, **federation: object) -> RunFolder:
+    def new_run(
+        self,
+        *,
+        rounds: int = 2,
+        steps: int = 2,
+        method: str = "exact_svd",
+        update: str = "bfloat16",
+        **federation: object,
+    ) -> RunFolder:
         """A run folder for the tiny model; nothing is started."""
         config = {
             "name": "tiny",
@@ -48,6 +56,8 @@ class Hospitals:
             "data": {"validation_examples": 4},
             "federation": {"rounds": rounds, "wait_seconds": 60, **federation},
             "evaluation": {"enabled": True},
+            "aggregation": {"method": method},
+            "codec": {"update": update},
         }
         return RunFolder.create(self.runs, validate(RunConfig, config, "test"))
 

@@ -96,10 +96,11 @@ def test_a_typed_run_prints_its_result_and_then_its_folder(
     assert folder.config().federation.expected_sites == 2
     table = (folder.path / "result.md").read_text()
     assert table in result.stdout
-    assert [line.split("|")[1].strip() for line in table.splitlines()][2:] == [
+    assert [line.split("|")[1].strip() for line in table.splitlines() if "|" in line][2:] == [
         "untuned base",
         "federated",
     ]
+    assert table.splitlines()[-1].startswith("Each round, all sites together: ")
     assert "round 1: 2 sites" in result.stdout
     status = server(hospitals, "status")
     assert status.returncode == 0, status.stderr

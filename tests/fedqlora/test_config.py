@@ -29,6 +29,16 @@ def test_defaults_fill_everything_but_the_base_model() -> None:
             "run.toml: lora.rank is wrong: input should be greater than or equal to 1",
         ),
         (
+            {**GOOD, "codec": {"update": "topk", "topk_fraction": 0}},
+            "run.toml: codec.topk_fraction is wrong: "
+            "input should be greater than or equal to 0.001",
+        ),
+        (
+            {**GOOD, "codec": {"update": "int4"}},
+            "run.toml: codec.update is wrong: "
+            "input should be 'bfloat16', 'float32', 'int8', 'nf4' or 'topk'",
+        ),
+        (
             {**GOOD, "federation": {"min_sites": 3, "expected_sites": 2}},
             "run.toml: federation is wrong: expected_sites is smaller than min_sites; "
             "raise it or lower min_sites",
@@ -88,9 +98,27 @@ def test_a_residual_rank_goes_with_exact_svd_only(method: str) -> None:
     assert validate(RunConfig, {**GOOD, "aggregation": {"method": method}}, "t").residual_rank == 0
 
 
+@pytest.mark.parametrize("method", ["exact_svd", "fedsvd", "rolora"])
+def test_error_feedback_goes_with_factors_that_stay_the_same_only(method: str) -> None:
+    kept = {**GOOD, "codec": {"update": "nf4"}, "aggregation": {"method": method}}
+    with pytest.raises(ConfigError, match=r"codec.error_feedback .*error_feedback = false"):
+        validate(RunConfig, kept, "run.toml")
+    validate(RunConfig, {**kept, "codec": {"update": "nf4", "error_feedback": False}}, "run.toml")
+    validate(RunConfig, {**kept, "aggregation": {"method": "ffa"}}, "run.toml")
+
+
+@pytest.mark.parametrize("update", ["int8", "nf4", "topk"])
+def test_mixed_ranks_go_with_encodings_that_say_the_rank_only(update: str) -> None:
+    codec = {"update": update, "error_feedback": False}
+    mixed = {**GOOD, "lora": {"mixed_ranks": True}, "codec": codec}
+    with pytest.raises(ConfigError, match=r'codec.update .*update = "bfloat16"'):
+        validate(RunConfig, mixed, "run.toml")
+    validate(RunConfig, {**mixed, "codec": {"update": "float32"}}, "run.toml")
+
+
 def test_every_refused_combination_has_a_case_above() -> None:
     """A new row needs a test of its own: this one fails until it is counted."""
-    assert len(COMBINATIONS) == 5
+    assert len(COMBINATIONS) == 7
 
 
 def test_exact_svd_is_the_default_and_keeps_four_times_the_rank() -> None:

@@ -14,13 +14,13 @@ from safetensors.numpy import save
 
 from fedqlora import protocol_pb2 as pb
 from fedqlora.adapter import Adapter, AdapterSpec, initial_adapter
-from fedqlora.envelope import sign
-from fedqlora.errors import FederationError
+from fedqlora.envelope import claimed_header, sign
+from fedqlora.errors import FederationError, UpdateError
 from fedqlora.halves import Method
 from server.checkpoint import Checkpoint, RunFolder
 from server.metrics import Metrics
 from server.rounds import federate
-from tests.server.conftest import SPEC, House, LearningSite, run_config, site_key
+from tests.server.conftest import SPEC, House, LearningSite, keep, run_config, site_key
 
 A, B = "m.lora_A.weight", "m.lora_B.weight"
 
@@ -90,6 +90,42 @@ def test_a_bad_update_is_left_out_and_named(house: House, site: LearningSite, re
     np.testing.assert_allclose(run(house)[B], np.full((3, 2), 3.0))
     assert outcomes(house, 1) == {"a": "used", "b": "used", "bad": "invalid"}
     assert reason in reasons(house)
+
+
+def refuse(_delta: Adapter) -> Adapter:
+    raise UpdateError("this site does not send its update")
+
+
+def test_the_bytes_of_every_answer_are_counted_also_where_it_is_refused(house: House) -> None:
+    last: dict[str, dict[str, int]] = {}
+
+    def watch(name: str, answer: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
+        def watched(sent: bytes) -> bytes:
+            reply = answer(sent)
+            if name == "forged" and claimed_header(sent).round > 0:
+                reply += b"?"
+            last[name] = {"bytes_down": len(sent), "bytes_up": len(reply)}
+            return reply
+
+        return watched
+
+    spoils = {"a": keep, "b": keep, "refusing": refuse, "forged": keep}
+    for node, (name, spoil) in enumerate(spoils.items(), start=1):
+        service = house.admit(name, LearningSite(target=1.0, spoil=spoil))
+        house.grid.nodes[node] = watch(name, service.exchange)
+    run(house)
+    lines = Metrics(house.folder.path / "metrics.jsonl").read()
+    newest = {line["site"]: line for line in lines if line["event"] == "site"}
+    assert outcomes(house, 2) == {
+        "a": "used",
+        "b": "used",
+        "refusing": "refused",
+        "forged": "invalid",
+    }
+    for name, counted in last.items():
+        assert {key: newest[name][key] for key in counted} == counted
+    # A float32 update of fourteen values cannot be smaller than they are.
+    assert newest["a"]["bytes_up"] > 14 * 4
 
 
 def test_an_enrolled_site_cannot_answer_in_another_sites_name(house: House) -> None:

@@ -107,6 +107,15 @@ def test_a_run_without_scores_says_so_instead_of_a_table(house: House) -> None:
     assert "evaluation.enabled = false" in write_result(house.folder, read_scores(house.folder))
 
 
+def test_the_result_ends_with_the_bytes_of_a_round(house: House) -> None:
+    metrics = Metrics(house.folder.path / "metrics.jsonl")
+    for round_, site, down, up in ((1, "a", 1000, 500), (1, "b", 1000, 0), (2, "a", 1000, 200_100)):
+        facts = {"outcome": "used", "bytes_down": down, "bytes_up": up}
+        metrics.append("site", round=round_, site=site, **facts)
+    last = write_result(house.folder, {}).splitlines()[-1]
+    assert last == "Each round, all sites together: 1.5 kB down, 0.10 MB up."
+
+
 def test_a_run_that_nobody_works_on_any_more_is_listed_as_cut_off(house: House) -> None:
     folder = house.folder
     folder.set_status("running", round=1)
