@@ -25,7 +25,7 @@ from fedqlora.audit import AuditLog
 from tests.containers.cluster import ROOT, wait_for
 from tests.deploy.kits import unpack
 
-# Three starts of a site: minutes where other work takes the processors.
+# Two starts of a site and one that fails: minutes where other work takes the processors.
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(1500)]
 
 SITE = "kit-test"
