@@ -297,7 +297,7 @@ def test_the_commands_print_one_json_document_and_one_sentence(
     assert snapshot(damaged) == before
     typed = fingerprint.lower().replace("-", " ")
     signed = run("sign", *sign, "--fingerprint", typed)
-    assert set(signed) == {"site", "fingerprint", "reply", "serial", "until", "anew"}
+    assert set(signed) == {"site", "fingerprint", "reply", "serial", "until", "renewal", "anew"}
     assert signed["fingerprint"] == fingerprint
     accepted = run("accept", "--out", home, "--reply", str(signed["reply"]))
     assert set(accepted) == {"site", "supernode", "trainer", "until", "peers", "anew"}
