@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from client.peers import load_peers
 from client.policy import Policy, check, load_policy
 from fedqlora import protocol_pb2 as pb
 from fedqlora.audit import AuditLog
@@ -189,7 +190,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", required=True, type=Path, help="folder of base models")
     parser.add_argument("--policy", required=True, type=Path, help="the site's policy.toml")
     parser.add_argument(
-        "--keys", required=True, type=Path, help="folder with signing.key and coordinator.pub"
+        "--keys",
+        required=True,
+        type=Path,
+        help="folder with signing.key, coordinator.pub and the roster",
     )
     parser.add_argument("--state", required=True, type=Path, help="replay window and audit log")
     parser.add_argument("--socket", required=True, type=Path, help="unix socket to serve on")
@@ -199,11 +203,15 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
         identity = Identity.load(options.site, options.keys)
+        policy = load_policy(options.policy)
+        peers = load_peers(policy, options.keys, options.site)
+        if policy.peers:
+            log.info("pinned peers in the roster: %s", ", ".join(sorted(peers)) or "none")
         trainer = Trainer(
             site=options.site,
             data=options.data,
             models=options.models,
-            policy=load_policy(options.policy),
+            policy=policy,
             audit=AuditLog(options.state / "audit.jsonl"),
             device=choose_device(options.device, options.memory_fraction),
         )
