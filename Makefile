@@ -116,7 +116,7 @@ RELEASE ?=
 .PHONY: site-kit
 site-kit: ## a hospital's signed kit (SITE=a SUPERLINK=host:port IMAGES=1 for no registry, RELEASE=0.1.0-2 DEVICE=cuda)
 	@test -n "$(SITE)" || { echo "SITE is missing: make site-kit SITE=a"; exit 2; }
-	@$(MAKE) --no-print-directory install
+	@$(MAKE) -s --no-print-directory install
 	@$(BIN)/python -m deploy.kit --certs certs/out --site "$(SITE)" --image fedqlora-client:$(DEVICE) \
 		$(if $(SUPERLINK),--superlink "$(SUPERLINK)") $(if $(filter-out 0,$(IMAGES)),--images) $(if $(RELEASE),--release "$(RELEASE)") $(as_json)
 

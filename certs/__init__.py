@@ -14,6 +14,9 @@ sites authority alone, so that no other certificate below the root is a client. 
 an issuing authority as an anchor, and refuses a certificate that an authority of the other
 kind has signed (both are tested with real handshakes).
 
+The keys of development sites are made here. A hospital makes its own (`certs.application`), and
+`sites/<name>/` then holds its request in their place; its reply lies in `replies/`.
+
 Nothing is replaced where it lies. A rotation, a revocation or a stage of a rollover writes new
 versions of all folders that it changes, hidden, and then puts them in use together
 (`certs.change`); an interruption leaves everybody with the old or the new ones. What the SuperLink

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from certs.application import PENDING, SUPERNODE, TRAINER
+from certs.application import PENDING, SUPERNODE, TRAINER, sweep_home
 from certs.bundle import read_bounded
 from certs.chain import accept_client
 from certs.files import (
@@ -85,6 +85,7 @@ def accept_reply(out: Path, path: Path, *, now: datetime.datetime | None = None)
         CertificateError: the reply is refused, or a file cannot be read or written.
     """
     now = datetime.datetime.now(datetime.UTC) if now is None else now
+    sweep_home(out)
     owned = _list_owned(out)
     if not owned:
         raise MisuseError(f"{out} holds no request; make it with `certs request` first.")

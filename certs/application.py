@@ -71,7 +71,7 @@ def make_request(out: Path, site: str, trust: Path) -> Application:
     check_sites([site])
     roots = read_certificates(trust / "root.crt")
     coordinator = read_public_key(trust / "coordinator.pub")
-    _sweep(out)
+    sweep_home(out)
     present = find_request(out)
     if present is not None:
         _check_same(present, out, site)
@@ -109,7 +109,7 @@ def renew_request(out: Path, site: str) -> Application:
         CertificateError: a file cannot be read or written.
     """
     check_sites([site])
-    _sweep(out)
+    sweep_home(out)
     connection, trainer = out / SUPERNODE / CURRENT, out / TRAINER / CURRENT
     if not connection.exists():
         raise MisuseError(
@@ -125,9 +125,11 @@ def renew_request(out: Path, site: str) -> Application:
         supernode=read_supernode_key(connection / "supernode.key"),
         signing=read_signing_key(trainer / "signing.key"),
     )
-    trusted = {
+    kept = {
         "ca.crt": read_file(connection / "ca.crt"),
         "coordinator.pub": read_file(trainer / "coordinator.pub"),
+        # OpenSSH's format has random bytes in it: written again, the same key would look new.
+        "supernode.key": read_file(connection / "supernode.key"),
     }
     content = encode_request(
         site,
@@ -136,7 +138,7 @@ def renew_request(out: Path, site: str) -> Application:
         read_public_key(trainer / "coordinator.pub"),
         renews=read_certificates(connection / "client.crt")[0],
     )
-    return _write(out, keys, content, trusted)
+    return _write(out, keys, content, kept)
 
 
 def find_request(out: Path) -> Request | None:
@@ -152,8 +154,8 @@ def find_request(out: Path) -> Request | None:
     return None
 
 
-def _write(out: Path, keys: PrivateKeys, content: bytes, trusted: dict[str, bytes]) -> Application:
-    """Write keys and request in one step, then the copy that is sent."""
+def _write(out: Path, keys: PrivateKeys, content: bytes, kept: dict[str, bytes]) -> Application:
+    """Write keys, request and what is kept in one step, then the copy that is sent."""
     request = decode_request(content, "the request")
     files = {
         "client.key": encode_key(keys.client),
@@ -165,7 +167,7 @@ def _write(out: Path, keys: PrivateKeys, content: bytes, trusted: dict[str, byte
         "supernode.pub": encode_supernode(keys.supernode.public_key()).encode("ascii") + b"\n",
         "signing.key": encode_key(keys.signing),
         REQUEST_FILE: content,
-        **trusted,
+        **kept,
     }
     write_folder(out / PENDING, files)
     return _publish(out, request, anew=True)
@@ -186,11 +188,15 @@ def _check_same(present: Request, out: Path, site: str) -> None:
         )
 
 
-def _sweep(out: Path) -> None:
-    """Remove what an interrupted call has left hidden; it never counted."""
-    for name in (PENDING, SUPERNODE, TRAINER):
-        sweep(out, f".{name}")
-    if out.is_dir():
-        for leftover in out.iterdir():
-            if re.fullmatch(r"\.[a-z0-9-]+\.request\.tar\..+", leftover.name):
-                sweep(out, leftover.name)
+def sweep_home(out: Path) -> None:
+    """Remove what an interrupted call has left hidden, keys among it; it never counted."""
+    if not out.is_dir():
+        return
+    for name in (SUPERNODE, TRAINER):
+        sweep(out / name)
+    for one in out.iterdir():
+        # Two dots: what was hidden, and was itself not whole yet.
+        if re.fullmatch(
+            r"\.{1,2}(request|supernode|trainer)(\..*)?|\..+\.request\.tar\..+", one.name
+        ):
+            sweep(out, one.name)

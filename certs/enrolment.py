@@ -72,11 +72,12 @@ def _sign(options: argparse.Namespace) -> Outcome:
 
     signed = sign_request(options.out, options.request, confirm)
     done = "signed" if signed.anew else "nothing to do, signed before"
+    register = "" if signed.renewal else "register the site (`python -m server enrol`), and "
     lines = [
         f"site {signed.site}: {done}, serial {signed.serial}, until {signed.until}",
         f"fingerprint: {signed.fingerprint}",
         f"reply: {signed.reply}",
-        "next: register the site (`python -m server enrol`), and send it the reply",
+        f"next: give the SuperLink its new folder, {register}send the site the reply",
     ]
     content = {
         "site": signed.site,
@@ -84,6 +85,7 @@ def _sign(options: argparse.Namespace) -> Outcome:
         "reply": str(signed.reply),
         "serial": signed.serial,
         "until": signed.until,
+        "renewal": signed.renewal,
         "anew": signed.anew,
     }
     return Outcome(lines, content)

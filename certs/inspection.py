@@ -176,7 +176,9 @@ class _Inspector(Walk):
             chain, keys = read_certificates(folder / "client.crt"), read_site_keys(folder)
             matches = listed is not None and listed.tls[:1] == keys.tls
             # No such file is here, and so no mode is shown.
-            if self.add_row(f"site {name}", folder / "client.key", matches, chain[0]):
+            advice = "have the site send a request to renew"
+            key = folder / "client.key"
+            if self.add_row(f"site {name}", key, matches, chain[0], advice=advice):
                 self._check_client(name, chain)
             for kind, same in (
                 ("supernode", _is_listed(listed, supernode=keys.supernode)),

@@ -19,7 +19,7 @@ from pathlib import Path
 from certs.authority import make_authority, read_root
 from certs.chain import is_issued_by
 from certs.change import NEXT_AUTHORITY, apply_change
-from certs.files import CURRENT, CertificateError, read_certificates
+from certs.files import CURRENT, CertificateError, MisuseError, read_certificates
 from certs.parties import digest_leaf, list_enrolled, list_sites
 from certs.renewal import Federation, read_federation
 from certs.reply import name_reply, publishing
@@ -64,11 +64,15 @@ def roll_over(
         now: when new validity starts, with a time zone; the present time if None.
 
     Raises:
-        MisuseError: the old root's key needs a passphrase, or another one.
+        MisuseError: the old root's key needs a passphrase, or another one; or a site that has
+            accepted is not one that keeps its own keys.
         CertificateError: the root's key is elsewhere, a site lacks the new authorities, a file is
             missing or altered, or the disk failed.
     """
     now = datetime.datetime.now(datetime.UTC) if now is None else now
+    for site in accepted:
+        if site not in list_enrolled(out):
+            raise MisuseError(f"Site {site!r} keeps no keys of its own; correct --accepted.")
     with publishing(out) as finished:
         if finished is not None and finished.action in STAGES:
             return _done(finished.action, describe(out, finished))

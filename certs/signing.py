@@ -56,6 +56,8 @@ class Signed:
     """Serial number of its certificate, in hex."""
     until: str
     """Day on which the certificate ends."""
+    renewal: bool
+    """Whether the site was admitted before this request."""
     anew: bool
     """Whether this call did it; False if it was done before."""
 
@@ -216,5 +218,6 @@ def _describe(out: Path, request: Request, *, anew: bool) -> Signed:
         reply=name_reply(out, request.site),
         serial=format_serial(leaf),
         until=name_day(leaf.not_valid_after_utc),
+        renewal=bool(request.renews),
         anew=anew,
     )

@@ -29,6 +29,7 @@ def judge_certificate(
     now: datetime.datetime,
     *,
     leaf: bool,
+    advice: str | None = None,
 ) -> bool:
     """Record what is wrong, or soon will be, with a certificate's dates.
 
@@ -39,12 +40,13 @@ def judge_certificate(
         end: when it ends.
         now: the moment to judge for.
         leaf: whether it is renewed by rotation, which is due after two thirds of its time.
+        advice: what to do about it; the command that usually renews it if None.
 
     Returns:
         Whether it is valid now.
     """
     days = (end - now).days
-    advice = "run rotate" if leaf else "run rollover"
+    advice = advice or ("run rotate" if leaf else "run rollover")
     if now < start:
         report.require(
             False,

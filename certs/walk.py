@@ -52,6 +52,7 @@ class Walk:
         certificate: x509.Certificate | None = None,
         live: str | None = None,
         leaf: bool = True,
+        advice: str | None = None,
     ) -> bool:
         """Record one key and judge mode, match and validity; True if its dates are good."""
         mode = "-"
@@ -85,7 +86,7 @@ class Walk:
                 matches=matches,
             )
         )
-        return judge_certificate(self.report, name, start, end, self.now, leaf=leaf)
+        return judge_certificate(self.report, name, start, end, self.now, leaf=leaf, advice=advice)
 
     def shake(self, client: Path | None) -> str | None:
         """Make a handshake if there is an address; a refusal is a problem."""

@@ -6,8 +6,9 @@ rule's name, before any record is read.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -16,6 +17,9 @@ from fedqlora.errors import PolicyRefusal
 
 Metric = Literal["examples", "tokens", "train_loss", "validation_loss", "step_seconds"]
 """Everything about a round that may leave a site beside the update."""
+
+Fingerprint = Annotated[str, Field(pattern=r"^[A-Z2-7]{4}(-[A-Z2-7]{4}){5}$")]
+"""Of a signing key: six groups of four, as `python -m certs accept` prints it."""
 
 
 class Models(Section):
@@ -58,6 +62,9 @@ class Policy(Section):
     apps: Apps = Apps()
     limits: Limits = Limits()
     metrics: Metrics = Metrics()
+    peers: Mapping[str, Fingerprint] = Field(default_factory=dict)
+    """The other sites that count, with their signing keys' fingerprints as the hospitals have
+    compared them: the roster alone adds no peer (client/peers.py)."""
 
 
 def load_policy(path: Path) -> Policy:

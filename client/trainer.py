@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from client.feedback import Feedback
+from client.peers import load_peers
 from client.policy import Policy, check, load_policy, own_training, training_rank
 from fedqlora import protocol_pb2 as pb
 from fedqlora.adapter import Adapter, check_residual, check_update, lower_rank
@@ -217,7 +218,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", required=True, type=Path, help="folder of base models")
     parser.add_argument("--policy", required=True, type=Path, help="the site's policy.toml")
     parser.add_argument(
-        "--keys", required=True, type=Path, help="folder with signing.key and coordinator.pub"
+        "--keys",
+        required=True,
+        type=Path,
+        help="folder with signing.key, coordinator.pub and the roster",
     )
     parser.add_argument(
         "--state", required=True, type=Path, help="replay window, audit log and feedback"
@@ -229,11 +233,15 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
         identity = Identity.load(options.site, options.keys)
+        policy = load_policy(options.policy)
+        peers = load_peers(policy, options.keys, options.site)
+        if policy.peers:
+            log.info("pinned peers in the roster: %s", ", ".join(sorted(peers)) or "none")
         trainer = Trainer(
             site=options.site,
             data=options.data,
             models=options.models,
-            policy=load_policy(options.policy),
+            policy=policy,
             audit=AuditLog(options.state / "audit.jsonl"),
             feedback=Feedback(options.state / "feedback"),
             warm=WarmModel(choose_device(options.device, options.memory_fraction)),

@@ -17,6 +17,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from certs.acceptance import accept_reply
+from certs.application import renew_request
 from certs.chain import accept_client, accept_server, fits
 from certs.change import CHANGE_FILE
 from certs.files import (
@@ -27,14 +29,19 @@ from certs.files import (
     read_tls_key,
 )
 from certs.inspection import inspect_all
-from certs.parties import list_sites
+from certs.parties import is_enrolled, list_sites, read_site_keys
 from certs.revocation import revoke
 from certs.rollover import STAGES, read_stage, roll_over
 from certs.roster import encode_tls, read_roster
 from certs.rotation import rotate
+from certs.signing import sign_request
 from certs.site import make_all
+from tests.certs.sites import apply, confirm, enrol
 
 SITES = ("a", "b")
+ENROLMENT = ("sign", "sign-renewal", "accept", "accept-renewal")
+# The enrolled site's own folder, beside the parties' so that one copy is a whole state.
+HOME = "home"
 _WRITES = {"os.rename", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.chmod"}
 _UNREACHED, _FAILED, _KILLED = 40, 41, 42
 
@@ -44,6 +51,13 @@ def prepare(command: str, out: Path) -> None:
     if command != "make":
         make_all(out, SITES)
         rotate(out, ["a"])
+    if command in ("sign", "accept"):
+        apply(out, out / HOME)
+    elif command in ENROLMENT:
+        enrol(out, out / HOME)
+        renew_request(out / HOME, "h")
+    if command.startswith("accept"):
+        sign_request(out, out / HOME / "h.request.tar", confirm)
     if command in STAGES:
         for _ in STAGES[: STAGES.index(command)]:
             roll_over(out)
@@ -59,6 +73,10 @@ def carry_out(command: str, out: Path) -> object:
         return rotate(out)
     if command == "revoke":
         return revoke(out, "b")
+    if command.startswith("sign"):
+        return sign_request(out, out / HOME / "h.request.tar", confirm)
+    if command.startswith("accept"):
+        return accept_reply(out / HOME, out / "replies" / "h.reply.tar")
     # What is complete is not begun again here: that would be the next stage.
     if read_stage(out) != command and not (out / CHANGE_FILE).exists():
         return None
@@ -104,11 +122,19 @@ def check_meanwhile(out: Path) -> None:
     assert (centre / "crl.pem").read_bytes().endswith(b"-----END X509 CRL-----\n")
     for site in list_sites(out):
         folder = out / "sites" / site / "current"
+        if is_enrolled(folder):
+            assert read_site_keys(folder).tls[0] in roster.sites[site].tls
+            folder = out / HOME / "supernode" / "current"
+            signing = out / HOME / "trainer" / "current" / "signing.key"
+            if not folder.exists():
+                continue
+        else:
+            signing = folder / "signing.key"
         client = read_certificates(folder / "client.crt")
         moment = max(moment, client[0].not_valid_before_utc)
         key = read_tls_key(folder / "client.key")
         read_supernode_key(folder / "supernode.key")
-        read_signing_key(folder / "signing.key")
+        read_signing_key(signing)
         assert fits(key, client[0])
         assert accept_server(chain, read_certificates(folder / "ca.crt"), moment), site
         assert accept_client(client, read_certificates(centre / "ca.crt"), site, moment), site
@@ -126,6 +152,7 @@ def check_afterwards(command: str, out: Path, before: dict[str, int]) -> None:
         "make": {"superlink", "a", "b"},
         "admit": {"superlink", "a", "b", "c"},
         "revoke": {"superlink", "a"},
+        **{one: {"superlink", "a", "b", "h"} for one in ENROLMENT},
     }.get(command, {"superlink", "a", "b"})
     if command in ("rotate", "switch"):
         assert not set(after.values()) & set(before.values())
@@ -134,6 +161,12 @@ def check_afterwards(command: str, out: Path, before: dict[str, int]) -> None:
     if command in STAGES:
         following = {"trust": "switch", "switch": "retire", "retire": "trust"}[command]
         assert read_stage(out) == following
+    if command.startswith("accept"):
+        held = {one.name for one in (out / HOME).iterdir()}
+        assert held == {"h.request.tar", "supernode", "trainer"}, held
+        own = read_certificates(out / HOME / "supernode" / "current" / "client.crt")
+        assert own[0].serial_number == after["h"]
+        assert not accept_reply(out / HOME, out / "replies" / "h.reply.tar").anew
     check_meanwhile(out)
 
 

@@ -18,7 +18,11 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command", ["make", "admit", "rotate", "revoke", "trust", "switch", "retire"]
+    "command",
+    [
+        *("make", "admit", "rotate", "revoke", "trust", "switch", "retire"),
+        *("sign", "sign-renewal", "accept", "accept-renewal"),
+    ],
 )
 def test_everybody_gets_along_after_an_interruption_at_any_write_and_the_next_call_ends_it(
     tmp_path: Path, command: str

@@ -249,7 +249,8 @@ def test_a_file_with_a_private_keys_name_is_refused_whatever_it_holds(name: str)
 def test_a_private_key_in_a_layer_of_an_image_is_refused(certs: Path, tmp_path: Path) -> None:
     library = b'MARK = "-----BEGIN PRIVATE KEY-----"  # a name is not a key\n'
     planted = keys_in_all_formats()["pkcs8"]
-    good = save_layers(tmp_path / "good.tar", {"opt/lib/pem.py": library})
+    published = {"opt/lib/pem.py": library, "./usr/lib/libgnutls.so.30": b"\x7fELF" + planted}
+    good = save_layers(tmp_path / "good.tar", published)
     bad = save_layers(tmp_path / "bad.tar", {"opt/lib/pem.py": library, "app/notes": planted})
     refuse_private_keys({"images/client.tar": Member(good)})
     with pytest.raises(CertificateError, match=r"images/client\.tar, file app/notes, is or holds"):

@@ -143,6 +143,29 @@ def test_before_init_the_other_commands_say_what_to_do(command: str, kit: Path) 
     assert "run ./site init first" in said
 
 
+def test_preflight_names_every_problem_and_what_to_do(kit: Path, tmp_path: Path) -> None:
+    """No engine, and a coordinator whose name does not resolve."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    needed = "dash basename date dirname getent head openssl readlink sed sha256sum tail timeout"
+    for name in needed.split():
+        (tools / name).symlink_to(shutil.which(name) or name)
+    done = subprocess.run(
+        [tools / "dash", kit / "site", "preflight"],
+        env={"PATH": str(tools)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1
+    assert lines[0].startswith("problem  engine: no Docker engine answers; install or start it")
+    assert lines[1].startswith("problem  dns: superlink.example.org does not resolve; ask for it")
+    assert lines[2].startswith("later    disk, records, keys: after ./site init")
+    assert lines[3].startswith("error: 2 problems found")
+
+
 def test_settings_and_policy_are_no_part_of_the_release(kit: Path, tmp_path: Path) -> None:
     """A hospital edits its own files, and its kit still fits the signature."""
     home = make_home(kit, tmp_path)
