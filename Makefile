@@ -10,12 +10,14 @@ TORCH_INDEX_URL ?=
 SITES ?= 3
 ROUNDS ?= 4
 BASELINES ?=
+PARTITION ?= dirichlet
 EXPERIMENT ?= icd10
 HOSTS ?=
 RUN ?=
 OUT ?=
 PROMPT ?=
 CONNECT ?=
+DATA ?=
 FORCE ?=
 JSON ?=
 connect = $(if $(CONNECT),--connect $(CONNECT))
@@ -45,8 +47,8 @@ install: $(VENV)/.installed ## make .venv with the pinned packages
 ## use
 
 .PHONY: demo
-demo: install ## three hospitals fine-tune one 4-bit model over TLS (SITES=3 ROUNDS=4 BASELINES=1)
-	@exec $(BIN)/python -m demo run --experiment $(EXPERIMENT) --sites $(SITES) --rounds $(ROUNDS) $(if $(BASELINES),--baselines)
+demo: install ## three hospitals fine-tune one 4-bit model over TLS (SITES=3 ROUNDS=4 PARTITION=iid BASELINES=1)
+	@exec $(BIN)/python -m demo run --experiment $(EXPERIMENT) --sites $(SITES) --rounds $(ROUNDS) --partition $(PARTITION) $(if $(BASELINES),--baselines)
 
 .PHONY: resume
 resume: install ## continue a run that was cut off (RUN=runs/...)
@@ -84,6 +86,11 @@ rotate-ca: install ## the next stage of a new authority: trust, switch, retire (
 revoke: install ## a site may not come any more (SITE=b CONNECT=host:port)
 	@test -n "$(SITE)" || { echo "SITE is missing: make revoke SITE=b"; exit 2; }
 	@$(BIN)/python -m certs revoke --out certs/out --site "$(SITE)" $(connect) $(as_json)
+
+.PHONY: data-report
+data-report: install ## counts, lengths and problems of a site's records, never their text (DATA=folder)
+	@test -n "$(DATA)" || { echo "DATA is missing: make data-report DATA=folder"; exit 2; }
+	@$(BIN)/python -m client data-report "$(DATA)"
 
 ## images
 

@@ -1,4 +1,8 @@
-"""Help for a hospital's administrator: `python -m client fetch|digest --models FOLDER NAME`."""
+"""Help for a hospital's administrator.
+
+python -m client fetch|digest --models FOLDER NAME    a base model's files and digest
+python -m client data-report FOLDER                   what a trainer would find in the records
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from client.data_report import report
 from client.fetch import fetch
 from fedqlora.engine.base import base_digest, resolve_base
-from fedqlora.errors import FedqloraError
+from fedqlora.errors import DataError, FedqloraError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,8 +26,14 @@ def main(arguments: list[str] | None = None) -> int:
     download.add_argument("base", help="hub id, such as google/flan-t5-base")
     for command in (digest, download):
         command.add_argument("--models", type=Path, required=True, help="folder of base models")
+    data = commands.add_parser("data-report", help="counts, lengths and problems, never text")
+    data.add_argument("data", type=Path, help="data file, or a folder of them")
     options = parser.parse_args(arguments)
     try:
+        if options.command == "data-report":
+            text, usable = report(options.data)
+            print(text)
+            return 0 if usable else DataError.exit_code
         if options.command == "digest":
             print(base_digest(resolve_base(options.base, options.models)))
         else:

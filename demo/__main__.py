@@ -10,6 +10,7 @@ from pathlib import Path
 
 from certs.files import CertificateError
 from demo.hospitals import Hospitals
+from demo.partition import PARTITIONS
 from demo.processes import LocalFederation
 from fedqlora.config import RunConfig, load_run
 from fedqlora.errors import ConfigError, FedqloraError
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--experiment", default="icd10", help="a name in experiments/, or a TOML file")
     run.add_argument("--sites", type=int, default=3)
     run.add_argument("--rounds", type=int, default=4)
+    run.add_argument("--partition", choices=PARTITIONS, default="dirichlet", help="of the records")
     run.add_argument("--baselines", action="store_true", help="also each hospital alone, and all")
     resume = commands.add_parser("resume", help="continue a run that was cut off")
     resume.add_argument("run", type=Path, help="its run folder")
@@ -65,10 +67,11 @@ def _run(options: argparse.Namespace) -> None:
     experiment = submit.find_experiment(options.experiment, REPOSITORY / "experiments")
     config = load_run(experiment, overrides)
     home = options.home.resolve()
-    hospitals = Hospitals(config, options.sites, home)
+    hospitals = Hospitals(config, options.sites, home, options.partition)
     hospitals.prepare()
     folder = RunFolder.create(home / "runs", config)
-    folder.write_json("demo.json", {"sites": options.sites, "baselines": options.baselines})
+    facts = {"sites": options.sites, "partition": options.partition, "baselines": options.baselines}
+    folder.write_json("demo.json", facts)
     _federate(folder, config, hospitals)
     _report(folder, hospitals, options.baselines)
 
@@ -77,7 +80,8 @@ def _resume(folder: RunFolder, home: Path) -> None:
     """Start the same federation again; the ServerApp continues from the newest checkpoint."""
     demo = folder.read_json("demo.json")
     config = folder.config()
-    hospitals = Hospitals(config, int(demo["sites"]), home)
+    # A run of an earlier release has no partition in its file.
+    hospitals = Hospitals(config, int(demo["sites"]), home, demo.get("partition", "dirichlet"))
     hospitals.prepare()
     if not folder.is_finished:
         _federate(folder, config, hospitals)

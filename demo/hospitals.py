@@ -9,6 +9,8 @@ from demo.data import describe, make_data
 from demo.keys import make_keys
 from demo.model import NAME, make_model
 from demo.names import site_names
+from demo.partition import Partition
+from demo.picture import draw
 from demo.policy import render_policy
 from fedqlora.config import RunConfig
 from fedqlora.engine.base import base_digest
@@ -22,12 +24,15 @@ class Hospitals:
         config: the run; its seed deals the records.
         count: number of hospitals.
         home: folder that keeps certificates, model and records.
+        partition: how the records are dealt.
 
     Raises:
         ConfigError: the number is out of range, or the run wants another base model.
     """
 
-    def __init__(self, config: RunConfig, count: int, home: Path) -> None:
+    def __init__(
+        self, config: RunConfig, count: int, home: Path, partition: Partition = "dirichlet"
+    ) -> None:
         if config.model.base != NAME:
             raise ConfigError(
                 f"the demo has the base model {NAME} only, not {config.model.base}; "
@@ -36,8 +41,9 @@ class Hospitals:
         self.names = site_names(count)
         self.certs = home / "certs" / "out"
         self.models = home / ".cache" / "models"
-        self.data = home / ".cache" / "icd10" / f"{count}-sites-seed-{config.seed}"
+        self.data = home / ".cache" / "icd10" / f"{count}-sites-seed-{config.seed}-{partition}"
         self._seed = config.seed
+        self._partition = partition
 
     @property
     def held_out(self) -> Path:
@@ -65,7 +71,10 @@ class Hospitals:
         if make_model(self.models / NAME):
             print(f"made base model {NAME}", flush=True)
         if not self.data.exists():
-            print(describe(make_data(self.data, len(self.names), self._seed)), flush=True)
+            dealt = make_data(self.data, len(self.names), self._seed, self._partition)
+            picture = self.data / "deal.svg"
+            draw(dealt, picture)
+            print(f"{describe(dealt)}\npicture: {picture}", flush=True)
         advice = (
             "`make verify-certs` shows all, and in development the folder can be removed: the "
             "next run makes it anew"
