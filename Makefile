@@ -10,6 +10,7 @@ TORCH_INDEX_URL ?=
 SITES ?= 3
 ROUNDS ?= 4
 BASELINES ?=
+PARTITION ?= dirichlet
 EXPERIMENT ?= icd10
 AGGREGATION ?=
 HOSTS ?=
@@ -19,6 +20,7 @@ PROMPT ?=
 DEVICES ?=
 WORKERS ?=
 CONNECT ?=
+DATA ?=
 FORCE ?=
 JSON ?=
 TRUST ?=
@@ -54,8 +56,9 @@ install: $(VENV)/.installed ## make .venv with the pinned packages
 ## use
 
 .PHONY: demo
-demo: install ## three hospitals fine-tune one 4-bit model over TLS (SITES=3 ROUNDS=4 BASELINES=1 AGGREGATION=...)
-	@exec $(BIN)/python -m demo run --experiment $(EXPERIMENT) --sites $(SITES) --rounds $(ROUNDS) $(if $(AGGREGATION),--aggregation $(AGGREGATION)) $(if $(BASELINES),--baselines)
+demo: install ## three hospitals fine-tune one 4-bit model over TLS (SITES=3 ROUNDS=4 PARTITION=iid BASELINES=1 AGGREGATION=...)
+	@exec $(BIN)/python -m demo run --experiment $(EXPERIMENT) --sites $(SITES) --rounds $(ROUNDS) --partition $(PARTITION) \
+		$(if $(AGGREGATION),--aggregation $(AGGREGATION)) $(if $(BASELINES),--baselines)
 
 .PHONY: simulate
 simulate: install ## many sites on Flower's simulation engine (EXPERIMENT=tiny SITES=20 DEVICES=mixed WORKERS=2)
@@ -134,6 +137,11 @@ sign-site: install ## admit a site by its request (REQ=file FINGERPRINT="..." as
 site-accept: install ## at a site: check the coordinator's reply and use it (OUT=folder REPLY=file)
 	@test -n "$(REPLY)" -a -n "$(OUT)" || { echo "REPLY or OUT is missing: make $@ OUT=folder REPLY=name.reply.tar"; exit 2; }
 	@$(BIN)/python -m certs accept --out "$(OUT)" --reply "$(REPLY)" $(as_json)
+
+.PHONY: data-report
+data-report: install ## counts, lengths and problems of a site's records, never their text (DATA=folder)
+	@test -n "$(DATA)" || { echo "DATA is missing: make data-report DATA=folder"; exit 2; }
+	@$(BIN)/python -m client data-report "$(DATA)"
 
 ## images
 

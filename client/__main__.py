@@ -2,6 +2,7 @@
 
 python -m client fetch|digest --models FOLDER NAME      a base model, and its digest
 python -m client check-data --data FOLDER               counts of records; never a text
+python -m client data-report FOLDER                     lengths and problems too; never a text
 python -m client status --state FOLDER --keys FOLDER    last round, bytes, certificate
 python -m client audit --state FOLDER                   verifies the audit log
 python -m client idle --state FOLDER                    status 3 while a round goes on
@@ -19,7 +20,7 @@ from client.fetch import fetch
 from client.standing import list_standing, read_standing
 from fedqlora.address import split_address
 from fedqlora.engine.base import base_digest, resolve_base
-from fedqlora.errors import FederationError, FedqloraError
+from fedqlora.errors import DataError, FederationError, FedqloraError
 from fedqlora.tls import prepare_grpc
 
 QUIET_SECONDS = 2.0
@@ -42,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--models", type=Path, required=True, help="folder of base models")
     records = commands.add_parser("check-data", help="read all records, print counts")
     records.add_argument("--data", type=Path, required=True, help="file or folder of records")
+    data = commands.add_parser("data-report", help="counts, lengths and problems, never text")
+    data.add_argument("data", type=Path, help="data file, or a folder of them")
     status = commands.add_parser("status", help="last round, bytes sent, certificate days")
     status.add_argument("--keys", type=Path, required=True, help="folder with client.crt")
     audit = commands.add_parser("audit", help="verify the audit log")
@@ -67,6 +70,13 @@ def _carry_out(options: argparse.Namespace) -> int:
         _fetch(options.base, options.models)
     elif options.command == "check-data":
         _check_data(options.data)
+    elif options.command == "data-report":
+        # Only here, as it loads far more than the other commands need.
+        from client.data_report import report
+
+        text, usable = report(options.data)
+        print(text)
+        return 0 if usable else DataError.exit_code
     elif options.command == "reach":
         _reach(options.keys, options.superlink)
     else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from certs.files import CertificateError
 from demo.devices import SAME, Devices, assign, load_devices
 from demo.hospitals import Hospitals
+from demo.partition import PARTITIONS
 from demo.processes import LocalFederation
 from fedqlora.config import RunConfig, load_run, validate
 from fedqlora.errors import ConfigError, FedqloraError
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--sites", type=int, default=3)
     run.add_argument("--rounds", type=int, default=4)
     run.add_argument("--aggregation", metavar="METHOD", help="in place of the experiment's")
+    run.add_argument("--partition", choices=PARTITIONS, default="dirichlet", help="of the records")
     run.add_argument("--baselines", action="store_true", help="also each hospital alone, and all")
     simulation = commands.add_parser("simulate", help="many sites in one process tree, under Ray")
     simulation.add_argument("--experiment", default="tiny", help="as for run")
@@ -82,10 +84,11 @@ def _run(options: argparse.Namespace) -> None:
     experiment = submit.find_experiment(options.experiment, REPOSITORY / "experiments")
     config = load_run(experiment, overrides)
     home = options.home.resolve()
-    hospitals = Hospitals(config, options.sites, home)
+    hospitals = Hospitals(config, options.sites, home, options.partition)
     hospitals.prepare()
     folder = RunFolder.create(home / "runs", config)
-    folder.write_json("demo.json", {"sites": options.sites, "baselines": options.baselines})
+    facts = {"sites": options.sites, "partition": options.partition, "baselines": options.baselines}
+    folder.write_json("demo.json", facts)
     _federate(folder, config, hospitals)
     _report(folder, hospitals, options.baselines)
 
@@ -156,7 +159,8 @@ def _resume(folder: RunFolder, home: Path) -> None:
         devices = validate(Devices, demo["devices"], str(folder.path / "demo.json"))
         _run_simulation(folder, simulated, devices, int(demo["workers"]))
         return
-    hospitals = Hospitals(config, int(demo["sites"]), home)
+    # A run of an earlier release has no partition in its file.
+    hospitals = Hospitals(config, int(demo["sites"]), home, demo.get("partition", "dirichlet"))
     hospitals.prepare()
     if not folder.is_finished:
         _federate(folder, config, hospitals)

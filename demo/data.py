@@ -18,31 +18,20 @@ import random
 import shutil
 import sys
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset
-from flwr_datasets.partitioner import DirichletPartitioner
-
 from demo.codes import CHAPTERS, Text, categories, group, read_codes, read_wordings
-from demo.names import LETTERS, MOST_SITES, site_names
-from fedqlora.errors import ConfigError, DataError, FedqloraError
+from demo.names import MOST_SITES, site_names
+from demo.partition import PARTITIONS, Partition, Row, split
+from fedqlora.errors import DataError, FedqloraError
 
 TRAINING_TEXTS = 160
 HELD_OUT_CODES = 18
 HELD_OUT_WORDINGS = 8
 """Texts of each chapter, at most."""
-ALPHA = 0.2
-"""The smaller, the more the hospitals differ in the chapters that they see."""
-SMALLEST_SITE = 32
-"""Records; a deal that gives a hospital fewer is dealt again."""
-SMALLEST_OF_MANY = 10
-"""The same for more than 26 hospitals, whose shares are small and whose skew is less strong."""
-
-Row = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -81,34 +70,24 @@ def make_task(seed: int) -> Task:
     return Task(training, codes, wordings)
 
 
-def deal(texts: Sequence[Text], sites: int, seed: int) -> dict[str, list[Row]]:
-    """Deal training texts to hospitals by a Dirichlet split over chapters (arXiv 1909.06335).
+def deal(
+    texts: Sequence[Text], sites: int, seed: int, partition: Partition = "dirichlet"
+) -> dict[str, list[Row]]:
+    """Deal training texts to hospitals.
 
     Each hospital's rows are then dealt to its synthetic patients, two to five rows each.
+
+    Args:
+        texts: what is dealt.
+        sites: number of hospitals.
+        seed: of every draw.
+        partition: how the hospitals differ.
 
     Raises:
         ConfigError: so many hospitals cannot all get the least number of records.
     """
     names = site_names(sites, MOST_SITES)
-    smallest = SMALLEST_SITE if sites <= LETTERS else SMALLEST_OF_MANY
-    partitioner = DirichletPartitioner(
-        num_partitions=sites,
-        partition_by="chapter",
-        # With the same alpha most of a hundred hospitals would get next to nothing.
-        alpha=ALPHA * max(1.0, sites / LETTERS),
-        min_partition_size=smallest,
-        seed=seed,
-    )
-    partitioner.dataset = Dataset.from_list([make_row(text) for text in texts])
-    try:
-        with warnings.catch_warnings():
-            # It warns each time that it deals again, which is wanted here.
-            warnings.simplefilter("ignore", UserWarning)
-            parts = [list(partitioner.load_partition(index)) for index in range(sites)]
-    except ValueError:
-        raise ConfigError(
-            f"{sites} hospitals cannot all get {smallest} records; choose fewer SITES"
-        ) from None
+    parts = split([make_row(text) for text in texts], sites, partition, seed)
     return {name: _add_patients(part, name, seed) for name, part in zip(names, parts, strict=True)}
 
 
@@ -136,8 +115,12 @@ def _add_patients(rows: list[Row], site: str, seed: int) -> list[Row]:
     return dealt
 
 
-def make_data(out: Path, sites: int, seed: int) -> dict[str, list[Row]]:
+def make_data(
+    out: Path, sites: int, seed: int, partition: Partition = "dirichlet"
+) -> dict[str, list[Row]]:
     """Write every hospital's records and the held-out set under `out`, replacing what was there.
+
+    The held-out set is the same for every partition.
 
     Returns:
         The hospitals' rows by name, for `describe`.
@@ -147,7 +130,7 @@ def make_data(out: Path, sites: int, seed: int) -> dict[str, list[Row]]:
         DataError: the folder cannot be written.
     """
     task = make_task(seed)
-    hospitals = deal(task.training, sites, seed)
+    hospitals = deal(task.training, sites, seed, partition)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -199,9 +182,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder that is (re)written")
     parser.add_argument("--sites", type=int, default=3, help="number of hospitals")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--partition", choices=PARTITIONS, default="dirichlet")
+    parser.add_argument("--picture", type=Path, help="SVG file of what each hospital got")
     options = parser.parse_args(arguments)
     try:
-        print(describe(make_data(options.out, options.sites, options.seed)))
+        hospitals = make_data(options.out, options.sites, options.seed, options.partition)
+        print(describe(hospitals))
+        if options.picture:
+            # Imported here: a second, which those who want no picture do not need.
+            from demo.picture import draw
+
+            draw(hospitals, options.picture)
+            print(f"picture: {options.picture}")
     except FedqloraError as error:
         print(error, file=sys.stderr)
         return error.exit_code

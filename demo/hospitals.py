@@ -9,6 +9,8 @@ from demo.data import describe, make_data
 from demo.keys import make_keys
 from demo.model import MODELS
 from demo.names import LETTERS, MOST_SITES, site_names
+from demo.partition import Partition
+from demo.picture import draw
 from demo.policy import render_policy
 from fedqlora.config import RunConfig
 from fedqlora.engine.base import base_digest
@@ -22,6 +24,7 @@ class Hospitals:
         config: the run; its seed deals the records.
         count: number of hospitals.
         home: folder that keeps certificates, model and records.
+        partition: how the records are dealt.
         simulated: whether they are simulated: then there may be more, with keys of their own.
 
     Raises:
@@ -29,7 +32,13 @@ class Hospitals:
     """
 
     def __init__(
-        self, config: RunConfig, count: int, home: Path, *, simulated: bool = False
+        self,
+        config: RunConfig,
+        count: int,
+        home: Path,
+        partition: Partition = "dirichlet",
+        *,
+        simulated: bool = False,
     ) -> None:
         if config.model.base not in MODELS:
             raise ConfigError(
@@ -40,8 +49,9 @@ class Hospitals:
         self.certs = home / ".cache" / "simulation" / "certs" if simulated else home / "certs/out"
         self._base = config.model.base
         self.models = home / ".cache" / "models"
-        self.data = home / ".cache" / "icd10" / f"{count}-sites-seed-{config.seed}"
+        self.data = home / ".cache" / "icd10" / f"{count}-sites-seed-{config.seed}-{partition}"
         self._seed = config.seed
+        self._partition = partition
 
     @property
     def held_out(self) -> Path:
@@ -69,7 +79,10 @@ class Hospitals:
         if MODELS[self._base](self.models / self._base):
             print(f"made base model {self._base}", flush=True)
         if not self.data.exists():
-            print(describe(make_data(self.data, len(self.names), self._seed)), flush=True)
+            dealt = make_data(self.data, len(self.names), self._seed, self._partition)
+            picture = self.data / "deal.svg"
+            draw(dealt, picture)
+            print(f"{describe(dealt)}\npicture: {picture}", flush=True)
         advice = (
             "`make verify-certs` shows all, and in development the folder can be removed: the "
             "next run makes it anew"

@@ -157,12 +157,13 @@ def _fold(
     except UpdateError as error:
         return {**facts, "outcome": INVALID, "reason": str(error)}
     return {
+        # First, so that a site's own figures cannot take the place of what is found here.
+        **dict(update.metrics),
         **facts,
         "examples": update.examples,
         "tokens": update.tokens,
         "update_norm": norm(delta),
         **({"rank": rank} if config.lora.mixed_ranks else {}),
-        **dict(update.metrics),
     }
 
 

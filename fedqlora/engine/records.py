@@ -70,7 +70,7 @@ def load_records(path: Path, *, minimum: int = 2, site: str | None = None) -> li
     Raises:
         DataError: nothing to read, a fault in a file, or too few records.
     """
-    records = [record for file in _data_files(path) for record in _read_file(file)]
+    records = [record for file in list_files(path) for record in _read_file(file)]
     if len(records) < minimum:
         owner = f"site {site} ({path})" if site else str(path)
         raise DataError(
@@ -80,8 +80,12 @@ def load_records(path: Path, *, minimum: int = 2, site: str | None = None) -> li
     return records
 
 
-def _data_files(path: Path) -> list[Path]:
-    """The file itself, or the data files directly inside a folder, by name."""
+def list_files(path: Path) -> list[Path]:
+    """The file itself, or the data files directly inside a folder, by name.
+
+    Raises:
+        DataError: there is none.
+    """
     if path.is_dir():
         files = [f for f in sorted(path.iterdir()) if f.suffix in _ROWS and f.is_file()]
         files = [f for f in files if not f.name.startswith(".")]

@@ -44,7 +44,7 @@ def test_a_small_value_is_sent_once_enough_of_it_is_left_and_never_without_feedb
     assert not (tmp_path / "plain").exists()
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from(["int8", "nf4", "topk"]),
     st.lists(st.lists(st.floats(-9, 9, width=32), min_size=4, max_size=4), min_size=1, max_size=5),

@@ -12,7 +12,6 @@ from demo.codes import CHAPTERS
 from demo.data import (
     HELD_OUT_CODES,
     HELD_OUT_WORDINGS,
-    SMALLEST_SITE,
     Row,
     Task,
     deal,
@@ -21,6 +20,7 @@ from demo.data import (
     make_task,
 )
 from demo.names import site_names
+from demo.partition import SMALLEST_SITE
 from fedqlora.engine.data import load_records
 from fedqlora.errors import ConfigError
 

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -45,6 +45,7 @@ def largest_in_block(value: np.ndarray) -> np.ndarray:
     return np.concatenate([np.empty(0), *(np.full(part.size, part.max()) for part in parts)])
 
 
+@settings(deadline=None)
 @given(deltas, encodings)
 def test_names_shapes_and_type_come_back_and_equal_deltas_give_equal_bytes(
     delta: Adapter, encoding: str
@@ -59,6 +60,7 @@ def test_names_shapes_and_type_come_back_and_equal_deltas_give_equal_bytes(
 
 
 @pytest.mark.parametrize(("encoding", "bound"), [("int8", 0.51 / 127), ("nf4", 0.1525)])
+@settings(deadline=None)
 @given(flat)
 def test_a_block_is_off_by_no_more_than_its_bound(
     encoding: str, bound: float, value: np.ndarray
@@ -93,6 +95,7 @@ def test_topk_by_hand() -> None:
     np.testing.assert_array_equal(back["b"], [[2, -2], [0, 0]])
 
 
+@settings(deadline=None)
 @given(
     hnp.arrays(np.float32, st.integers(0, 700), elements=finite, fill=st.just(np.float32(0))),
     st.floats(0.001, 1),
@@ -208,6 +211,7 @@ def test_hostile_bytes_are_one_sentence(tensors: pb.Tensors, sentence: str) -> N
     check_update(decode_delta(forge(tensors.encoding), SPEC), SPEC, max_norm=100)
 
 
+@settings(deadline=None)
 @given(encodings, st.data())
 def test_any_change_of_bytes_is_refused_or_gives_a_finite_update(
     encoding: str, data: st.DataObject

@@ -26,9 +26,8 @@ def top(modules: set[str]) -> set[str]:
 
 
 def light_modules() -> list[str]:
-    return sorted(
-        f"fedqlora.{path.stem}" for path in (ROOT / "fedqlora").glob("*.py") if path.stem[0] != "_"
-    )
+    files = [*(ROOT / "fedqlora").glob("*.py"), ROOT / "fedqlora" / "codec"]
+    return sorted(f"fedqlora.{path.stem}" for path in files if path.stem[0] != "_")
 
 
 @pytest.mark.parametrize("module", light_modules())
