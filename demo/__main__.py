@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from certs.files import CertificateError
+from demo.data import count_chapters
 from demo.hospitals import Hospitals
 from demo.processes import LocalFederation
 from fedqlora.config import RunConfig, load_run
@@ -16,6 +17,7 @@ from fedqlora.errors import ConfigError, FedqloraError
 from server import submit
 from server.bundle import REPOSITORY, pack
 from server.checkpoint import RunFolder
+from server.comparison import compare_runs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,11 +35,20 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--baselines", action="store_true", help="also each hospital alone, and all")
     resume = commands.add_parser("resume", help="continue a run that was cut off")
     resume.add_argument("run", type=Path, help="its run folder")
+    compare = commands.add_parser("compare", help="several experiments, one after the other")
+    compare.add_argument("--experiments", required=True, help='their names, such as "icd10-*"')
+    compare.add_argument(
+        "--folder", type=Path, default=REPOSITORY / "experiments", help="where their files are"
+    )
+    compare.add_argument("--sites", type=int, default=3)
+    compare.add_argument("--rounds", type=int, help="in place of each experiment's own")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         if options.command == "run":
             _run(options)
+        elif options.command == "compare":
+            _compare(options)
         else:
             _resume(RunFolder(options.run.resolve()), options.home.resolve())
     except (FedqloraError, CertificateError) as error:
@@ -67,10 +78,42 @@ def _run(options: argparse.Namespace) -> None:
     home = options.home.resolve()
     hospitals = Hospitals(config, options.sites, home)
     hospitals.prepare()
-    folder = RunFolder.create(home / "runs", config)
-    folder.write_json("demo.json", {"sites": options.sites, "baselines": options.baselines})
+    folder = _create(home, config, hospitals, options.baselines)
     _federate(folder, config, hospitals)
     _report(folder, hospitals, options.baselines)
+
+
+def _create(home: Path, config: RunConfig, hospitals: Hospitals, baselines: bool) -> RunFolder:
+    """A new run folder that knows who holds what: only a demo's centre can."""
+    skew = count_chapters(hospitals.data, hospitals.names)
+    folder = RunFolder.create(home / "runs", config)
+    folder.write_json("demo.json", {"sites": len(hospitals.names), "baselines": baselines})
+    folder.write_json("skew.json", skew)
+    return folder
+
+
+def _compare(options: argparse.Namespace) -> None:
+    """Run experiments that are all valid, then compare their run folders."""
+    # Each is scored as often as its file says, and has the rounds that it is about.
+    overrides = {**submit.expect_sites(options.sites), "evaluation.enabled": True}
+    if options.rounds is not None:
+        overrides["federation.rounds"] = options.rounds
+    files = submit.match_experiments(options.experiments, options.folder)
+    configs = [load_run(file, overrides) for file in files]
+    home = options.home.resolve()
+    parties = [Hospitals(config, options.sites, home) for config in configs]
+    folders = []
+    try:
+        for config, hospitals in zip(configs, parties, strict=True):
+            hospitals.prepare()
+            folder = _create(home, config, hospitals, baselines=False)
+            folders.append(folder.path)
+            _federate(folder, config, hospitals)
+            _report(folder, hospitals, baselines=False)
+    except FedqloraError as error:
+        done = " ".join(map(os.path.relpath, folders))
+        raise type(error)(f"{error} (run folders so far: {done or 'none'})") from None
+    print("\n" + compare_runs([Path(os.path.relpath(folder)) for folder in folders]))
 
 
 def _resume(folder: RunFolder, home: Path) -> None:

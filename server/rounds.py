@@ -19,8 +19,11 @@ from server.aggregation.fedavg import FedAvg
 from server.checkpoint import Checkpoint, Origin, RunFolder
 from server.evaluation import Evaluator
 from server.exchange import INVALID, Answer, Exchange
+from server.history import read_history
 from server.metrics import Metrics
+from server.model_card import render_card
 from server.peft_format import write_adapter
+from server.report import refresh_report
 from server.sites import Described, Sites
 
 log = logging.getLogger("server")
@@ -53,13 +56,16 @@ def federate(
         checkpoint = _start(config, sites, exchange)
         folder.save(checkpoint)
     _evaluate(config, checkpoint, evaluator, metrics)
+    refresh_report(folder)
     for round_ in range(checkpoint.round + 1, config.federation.rounds + 1):
         folder.set_status("running", round=round_, rounds=config.federation.rounds)
         adapter = run_round(config, round_, checkpoint.adapter, sites, exchange, metrics)
         checkpoint = replace(checkpoint, round=round_, adapter=adapter, issued=exchange.issued)
         folder.save(checkpoint)
         _evaluate(config, checkpoint, evaluator, metrics)
-    write_adapter(folder.path / "adapter", config, checkpoint)
+        refresh_report(folder)
+    card = render_card(read_history(folder), checkpoint.origin)
+    write_adapter(folder.path / "adapter", config, checkpoint, card)
     return checkpoint
 
 

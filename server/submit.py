@@ -6,6 +6,7 @@ experiment -> configuration -> run folder -> start -> follow -> result
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from server.bundle import Bundle
 from server.checkpoint import RunFolder
 from server.control import ControlClient
 from server.metrics import Metrics
+from server.report import refresh_report
 from server.runs import wait_for_run
 from server.table import Scores, render
 
@@ -47,6 +49,34 @@ def find_experiment(name: str, experiments: Path) -> Path:
         known = ", ".join(sorted(file.stem for file in experiments.glob("*.toml"))) or "none"
         raise ConfigError(f"{path} does not exist; experiments there: {known}")
     return path
+
+
+def match_experiments(pattern: str, experiments: Path) -> list[Path]:
+    """The TOML files whose names match, two or more, by name.
+
+    Args:
+        pattern: names without ending, separated by spaces; `*` stands for anything.
+        experiments: folder of experiments.
+
+    Raises:
+        ConfigError: a name matches none, or all together fewer than two.
+    """
+    known = sorted(file.stem for file in experiments.glob("*.toml"))
+    found: set[str] = set()
+    for name in pattern.split():
+        matching = fnmatch.filter(known, name)
+        if not matching:
+            raise ConfigError(
+                f"no experiment in {experiments} matches {name}; there are: "
+                f"{', '.join(known) or 'none'}"
+            )
+        found |= set(matching)
+    if len(found) < 2:
+        raise ConfigError(
+            f'a comparison needs two or more experiments, and "{pattern}" names {len(found)} of '
+            f"{', '.join(known)}; name more"
+        )
+    return [experiments / f"{name}.toml" for name in sorted(found)]
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
@@ -194,6 +224,8 @@ def read_scores(folder: RunFolder) -> dict[str, Scores]:
 def write_result(folder: RunFolder, rows: Mapping[str, Scores]) -> str:
     """Writes the table of models and scores into the run folder as result.md, and returns it.
 
+    The report is written once more: what the run is compared with may have come meanwhile.
+
     Raises:
         CheckpointError: it cannot be written.
     """
@@ -209,6 +241,7 @@ def write_result(folder: RunFolder, rows: Mapping[str, Scores]) -> str:
         raise CheckpointError(
             f"{folder.path / 'result.md'} cannot be written ({error.strerror}); free space"
         ) from None
+    refresh_report(folder)
     return text
 
 
@@ -218,6 +251,7 @@ def _record_stop(folder: RunFolder) -> None:
     # and `status`, which asks the SuperLink too, says `cut off`.
     with contextlib.suppress(CheckpointError), folder.claim(_STOP_SECONDS):
         folder.set_status("stopped", round=folder.status().get("round", 0))
+    refresh_report(folder)
 
 
 def _show_progress(line: str) -> None:
