@@ -28,6 +28,12 @@ from server.sites import Described, Sites
 
 log = logging.getLogger("server")
 
+_CENTRE_WRITES = (
+    *("time", "event", "round", "site", "outcome", "reason"),
+    *("bytes_down", "bytes_up", "examples", "tokens", "update_norm", "rank"),
+)
+"""Names of a `site` line in metrics.jsonl that no site may give a value."""
+
 
 def federate(
     folder: RunFolder, exchange: Exchange, registered: int, evaluator: Evaluator | None
@@ -149,8 +155,13 @@ def _fold(
         "examples": update.examples,
         "tokens": update.tokens,
         "update_norm": norm(delta),
-        **dict(update.metrics),
+        **_figures(update),
     }
+
+
+def _figures(update: pb.Update) -> dict[str, float]:
+    """A site's own figures; those under a name that the centre writes itself are left out."""
+    return {name: value for name, value in update.metrics.items() if name not in _CENTRE_WRITES}
 
 
 def _weight(update: pb.Update, config: RunConfig) -> int:

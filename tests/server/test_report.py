@@ -7,7 +7,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from flwr.app import Error
 
+from fedqlora import protocol_pb2 as pb
 from fedqlora.config import RunConfig, validate
 from fedqlora.errors import CheckpointError
 from server.__main__ import main
@@ -278,6 +280,39 @@ def test_a_run_writes_its_report_and_a_card_that_the_hub_library_reads(house: Ho
     assert "in 2 rounds" in card.text
     assert "updates used: 4 of 4" in card.text
     assert f"digest `{'d' * 64}`" in card.text
+
+
+class BoastingSite(LearningSite):
+    """Reports figures under names that the centre writes itself."""
+
+    def perform(
+        self, header: pb.Header, config: RunConfig, body: pb.Describe | pb.Train | pb.Evaluate
+    ) -> pb.Description | pb.Update:
+        reply = super().perform(header, config, body)
+        if isinstance(reply, pb.Update):
+            reply.metrics.update({"site": 7.0, "bytes_up": 9e9, "outcome": 1.0})
+        return reply
+
+
+def test_a_site_cannot_write_the_centres_part_of_the_record(house: House) -> None:
+    # Recorded as it comes, one such name ends the whole run.
+    with pytest.raises(TypeError, match="multiple values"):
+        Metrics(house.tmp_path / "m").append("site", **{"site": "a"}, **{"event": 7.0})
+    house.admit("a", LearningSite(target=1.0))
+    house.admit("b", BoastingSite(target=1.0))
+    federate(house.folder, house.exchange(), 2, None)
+    row = Page((house.folder.path / "report.html").read_text()).row("b")
+    assert row[1] == "2 of 2"
+    assert row[6] == "0.0 MB"
+
+
+def test_a_node_that_could_not_take_part_is_in_the_report(house: House) -> None:
+    house.admit("a", LearningSite(target=1.0))
+    house.admit("b", LearningSite(target=5.0))
+    house.grid.nodes[3] = lambda _sent: Error(code=0, reason=EVIL)
+    federate(house.folder, house.exchange(), 2, None)
+    page = Page((house.folder.path / "report.html").read_text())
+    assert page.row("", "node 3")[2:] == ["could not take part", f"Flower error 0: {EVIL}"]
 
 
 def test_a_comparison_has_a_row_a_run_and_names_what_differs(tmp_path: Path) -> None:
