@@ -113,7 +113,7 @@ def test_a_comparison_runs_its_experiments_and_shows_both(home: Path) -> None:
                  "--sites", "2", "--rounds", "1")  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     table = result.stdout.split("\n\n")[-2]
-    assert [line.split("-2")[0] for line in table.splitlines()[2:]] == ["| pair-1", "| pair-2"]
+    assert [line.split("-20")[0] for line in table.splitlines()[2:]] == ["| pair-1", "| pair-2"]
     page = Path(result.stdout.splitlines()[-1].removeprefix("comparison: "))
     assert "local steps" in (ROOT / page).read_text()
     (folder,) = (home / "runs").glob("pair-1-*")
