@@ -121,7 +121,7 @@ def cost_charts(history: History) -> Markup:
 
 
 def skew_table(history: History) -> Markup:
-    """How many records of which label each site holds; darker is a larger part of the site's."""
+    """How many records of each label a site holds, coloured by its part of the largest."""
     labels = list(dict.fromkeys(label for row in history.skew.values() for label in row))
     if not labels:
         return Markup("")
@@ -136,7 +136,9 @@ def skew_table(history: History) -> Markup:
     totals = [figure(sum(row.values())) for row in history.skew.values()]
     sites = [f"site {name}" for name in history.skew]
     note = element(
-        "p", "Records by label; the darker, the more of one site's records.", class_="soft"
+        "p",
+        "Records by label; the stronger the colour, the more of one site's records.",
+        class_="soft",
     )
     rows_ = [["all", *totals], *body]
     return join([table(["records of", *sites], rows_, label="records by label"), note])
