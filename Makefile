@@ -19,6 +19,10 @@ OUT ?=
 PROMPT ?=
 DEVICES ?=
 WORKERS ?=
+RUNS ?=
+EXPERIMENTS ?=
+# An experiment of a comparison has its own rounds, unless somebody gave others.
+compared_rounds = $(if $(filter command environment,$(firstword $(origin ROUNDS))),$(ROUNDS))
 CONNECT ?=
 DATA ?=
 FORCE ?=
@@ -81,6 +85,16 @@ ask: install ## base and tuned answer to one prompt (RUN=runs/... PROMPT="...")
 	$(needs_run)
 	@$(BIN)/python -m server ask $(RUN) "$$PROMPT"
 export PROMPT
+
+.PHONY: report
+report: install ## one HTML page of a run, also while it goes on (RUN=runs/... OUT=file)
+	$(needs_run)
+	@$(BIN)/python -m server report $(RUN) $(if $(OUT),--out $(OUT))
+
+.PHONY: compare
+compare: install ## a table and a page of several runs (RUNS="runs/a runs/b", or EXPERIMENTS="icd10-*" runs them)
+	@test -n "$(RUNS)$(EXPERIMENTS)" || { echo 'Name what to compare: make compare EXPERIMENTS="icd10-*" or RUNS="runs/a runs/b"'; exit 2; }
+	@exec $(BIN)/python -m $(if $(RUNS),server compare $(RUNS) $(if $(OUT),--out $(OUT)),demo compare --experiments '$(EXPERIMENTS)' --sites $(SITES) $(if $(compared_rounds),--rounds $(compared_rounds)))
 
 .PHONY: certs
 certs: install ## certificate authority, SuperLink and development sites (SITES=3 HOSTS="name ...")

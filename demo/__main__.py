@@ -7,9 +7,11 @@ import logging
 import os
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from certs.files import CertificateError
+from demo.data import count_chapters
 from demo.devices import SAME, Devices, assign, load_devices
 from demo.hospitals import Hospitals
 from demo.partition import PARTITIONS
@@ -19,6 +21,7 @@ from fedqlora.errors import ConfigError, FedqloraError
 from server import submit
 from server.bundle import REPOSITORY, pack
 from server.checkpoint import RunFolder
+from server.comparison import compare_runs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,6 +51,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     resume = commands.add_parser("resume", help="continue a run that was cut off")
     resume.add_argument("run", type=Path, help="its run folder")
+    compare = commands.add_parser("compare", help="several experiments, one after the other")
+    compare.add_argument("--experiments", required=True, help='their names, such as "icd10-*"')
+    compare.add_argument(
+        "--folder", type=Path, default=REPOSITORY / "experiments", help="where their files are"
+    )
+    compare.add_argument("--sites", type=int, default=3)
+    compare.add_argument("--rounds", type=int, help="in place of each experiment's own")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
@@ -55,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
             _run(options)
         elif options.command == "simulate":
             _simulate(options)
+        elif options.command == "compare":
+            _compare(options)
         else:
             _resume(RunFolder(options.run.resolve()), options.home.resolve())
     except (FedqloraError, CertificateError) as error:
@@ -86,9 +98,8 @@ def _run(options: argparse.Namespace) -> None:
     home = options.home.resolve()
     hospitals = Hospitals(config, options.sites, home, options.partition)
     hospitals.prepare()
-    folder = RunFolder.create(home / "runs", config)
-    facts = {"sites": options.sites, "partition": options.partition, "baselines": options.baselines}
-    folder.write_json("demo.json", facts)
+    facts = {"partition": options.partition, "baselines": options.baselines}
+    folder = _create(home, config, hospitals, facts)
     _federate(folder, config, hospitals)
     _report(folder, hospitals, options.baselines)
 
@@ -109,15 +120,8 @@ def _simulate(options: argparse.Namespace) -> None:
     home = options.home.resolve()
     hospitals = Hospitals(config, options.sites, home, simulated=True)
     hospitals.prepare()
-    folder = RunFolder.create(home / "runs", config)
-    folder.write_json(
-        "demo.json",
-        {
-            "sites": options.sites,
-            "devices": devices.model_dump(mode="json"),
-            "workers": options.workers,
-        },
-    )
+    facts = {"devices": devices.model_dump(mode="json"), "workers": options.workers}
+    folder = _create(home, config, hospitals, facts)
     _run_simulation(folder, hospitals, devices, options.workers)
 
 
@@ -147,6 +151,41 @@ def _run_simulation(
     )
     print(f"\n{submit.write_result(folder, submit.read_scores(folder))}\n", flush=True)
     print(f"run folder: {_show(folder)}", flush=True)
+
+
+def _create(
+    home: Path, config: RunConfig, hospitals: Hospitals, facts: Mapping[str, object]
+) -> RunFolder:
+    """A new run folder that knows who holds what: only a demo's centre can."""
+    skew = count_chapters(hospitals.data, hospitals.names)
+    folder = RunFolder.create(home / "runs", config)
+    folder.write_json("demo.json", {"sites": len(hospitals.names), **facts})
+    folder.write_json("skew.json", skew)
+    return folder
+
+
+def _compare(options: argparse.Namespace) -> None:
+    """Run experiments that are all valid, then compare their run folders."""
+    # Each is scored as often as its file says, and has the rounds that it is about.
+    overrides = {**submit.expect_sites(options.sites), "evaluation.enabled": True}
+    if options.rounds is not None:
+        overrides["federation.rounds"] = options.rounds
+    files = submit.match_experiments(options.experiments, options.folder)
+    configs = [load_run(file, overrides) for file in files]
+    home = options.home.resolve()
+    parties = [Hospitals(config, options.sites, home) for config in configs]
+    folders = []
+    try:
+        for config, hospitals in zip(configs, parties, strict=True):
+            hospitals.prepare()
+            folder = _create(home, config, hospitals, {"baselines": False})
+            folders.append(folder.path)
+            _federate(folder, config, hospitals)
+            _report(folder, hospitals, baselines=False)
+    except FedqloraError as error:
+        done = " ".join(map(os.path.relpath, folders))
+        raise type(error)(f"{error} (run folders so far: {done or 'none'})") from None
+    print("\n" + compare_runs([Path(os.path.relpath(folder)) for folder in folders]))
 
 
 def _resume(folder: RunFolder, home: Path) -> None:

@@ -160,6 +160,26 @@ def _write_rows(path: Path, rows: Sequence[Row]) -> None:
     path.write_text(lines, encoding="utf-8")
 
 
+def count_chapters(folder: Path, sites: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Hospital -> chapter -> number of its records, of data that `make_data` wrote.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    counts = {}
+    for site in sites:
+        path = folder / site / "records.jsonl"
+        try:
+            with path.open(encoding="utf-8") as file:
+                found = Counter(json.loads(line)["chapter"] for line in file)
+        except (OSError, ValueError, KeyError):
+            raise DataError(
+                f"{path} cannot be read; remove {folder}, and the next demo makes it anew"
+            ) from None
+        counts[site] = {chapter: found[chapter] for chapter in CHAPTERS.values()}
+    return counts
+
+
 def describe(hospitals: dict[str, list[Row]]) -> str:
     """A table of what each hospital got: records, patients, and records of each chapter."""
     counts = {name: Counter(row["chapter"] for row in rows) for name, rows in hospitals.items()}

@@ -72,6 +72,17 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (run, resume, digest):
         command.add_argument("--app", type=Path, default=REPOSITORY, help="holds pyproject.toml")
 
+    report = commands_.add_parser("report", help="one HTML page of a run")
+    report.set_defaults(command=commands.report)
+    report.add_argument("run", type=Path, help="its folder")
+    report.add_argument("--out", type=Path, help="the page; default RUN/report.html")
+    compare = commands_.add_parser("compare", help="a table and a page of several runs")
+    compare.set_defaults(command=commands.compare)
+    compare.add_argument("run", type=Path, nargs="+", help="their folders")
+    compare.add_argument(
+        "--out", type=Path, help="the page; default comparison-TIME.html beside the first run"
+    )
+
     export = commands_.add_parser("export", help="merge the adapter into a standard checkpoint")
     export.set_defaults(command=commands.export)
     export.add_argument("--out", type=Path, help="new folder; default RUN/merged")

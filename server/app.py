@@ -26,6 +26,7 @@ from fedqlora.keys import public_key
 from server.checkpoint import RunFolder
 from server.evaluation import Evaluator
 from server.exchange import Exchange
+from server.report import refresh_report
 from server.roster import load_roster
 from server.rounds import federate
 
@@ -47,11 +48,13 @@ def main(grid: Grid, context: Context) -> None:
             _run(folder, grid)
         except FedqloraError as error:
             folder.set_status("failed", error=str(error))
+            refresh_report(folder)
             log.error("run %s failed: %s", folder.name, error)
             raise
         except Exception as error:
             reason = f"internal error: {type(error).__name__}; see the log"
             folder.set_status("failed", error=reason)
+            refresh_report(folder)
             raise
 
 
@@ -71,6 +74,7 @@ def _run(folder: RunFolder, grid: Grid) -> None:
     evaluator = _evaluator(config, roster, exchange)
     checkpoint = federate(folder, exchange, len(roster.sites), evaluator)
     folder.set_status("finished", round=checkpoint.round)
+    refresh_report(folder)
 
 
 def _versions() -> dict[str, str]:

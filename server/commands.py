@@ -11,8 +11,10 @@ from fedqlora.errors import CheckpointError, ConfigError, FedqloraError
 from server import status, submit
 from server.bundle import pack
 from server.checkpoint import RunFolder
+from server.comparison import compare_runs
 from server.control import ControlClient
 from server.enrolment import enrol_all, evict_site
+from server.report import write_report
 from server.roster import load_roster
 
 
@@ -77,6 +79,16 @@ def show_status(options: argparse.Namespace) -> None:
 def digest(options: argparse.Namespace) -> None:
     """Print the digest of the app that `run` ships."""
     print(pack(options.app).digest)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write the page of a run, finished or not."""
+    print(f"report: {write_report(RunFolder(options.run), options.out)}")
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Print the table of several run folders and write their page; nothing is run."""
+    print(compare_runs(options.run, options.out))
 
 
 def export(options: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """Metrics: one JSON line per event of a run, appended as it happens.
 
-Events: `joined` (a site and its software), `site` (one site in one round: outcome, bytes,
-figures), `round` (a finished round), `evaluation` (held-out scores after a round).
+Events: `joined` (a site and its software), `unusable` (one that cannot take part, and why),
+`site` (one site in one round: outcome, bytes, figures), `round` (a finished round), `evaluation`
+(held-out scores after a round).
 """
 
 from __future__ import annotations

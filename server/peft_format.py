@@ -22,13 +22,14 @@ from server.checkpoint import Checkpoint
 _TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
 
 
-def write_adapter(folder: Path, config: RunConfig, checkpoint: Checkpoint) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, both or neither.
+def write_adapter(folder: Path, config: RunConfig, checkpoint: Checkpoint, card: str) -> None:
+    """Write adapter_config.json, adapter_model.safetensors and README.md, all or none.
 
     Args:
         folder: replaced if it exists.
         config: the run.
         checkpoint: whose adapter to write.
+        card: the model card, as README.md.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -39,7 +40,12 @@ def write_adapter(folder: Path, config: RunConfig, checkpoint: Checkpoint) -> No
     tensors = safetensors.numpy.save(joined, metadata={"format": "pt"})
     try:
         replace_folder(
-            folder, {"adapter_config.json": settings, "adapter_model.safetensors": tensors}
+            folder,
+            {
+                "adapter_config.json": settings,
+                "adapter_model.safetensors": tensors,
+                "README.md": card.encode(),
+            },
         )
     except OSError as error:
         raise CheckpointError(

@@ -21,11 +21,20 @@ from server.aggregation.method import start_aggregation
 from server.checkpoint import Checkpoint, Origin, RunFolder
 from server.evaluation import Evaluator
 from server.exchange import INVALID, Answer, Exchange
+from server.history import read_history
 from server.metrics import Metrics
+from server.model_card import render_card
 from server.peft_format import write_adapter
+from server.report import refresh_report
 from server.sites import Described, Sites
 
 log = logging.getLogger("server")
+
+_CENTRE_WRITES = (
+    *("time", "event", "round", "site", "outcome", "reason"),
+    *("bytes_down", "bytes_up", "examples", "tokens", "update_norm", "rank"),
+)
+"""Names of a `site` line in metrics.jsonl that no site may give a value."""
 
 
 def federate(
@@ -55,6 +64,7 @@ def federate(
         checkpoint = _start(config, sites, exchange)
         folder.save(checkpoint)
     _evaluate(config, checkpoint, evaluator, metrics)
+    refresh_report(folder)
     for round_ in range(checkpoint.round + 1, config.federation.rounds + 1):
         folder.set_status("running", round=round_, rounds=config.federation.rounds)
         result = run_round(config, round_, checkpoint, sites, exchange, metrics)
@@ -67,7 +77,9 @@ def federate(
         )
         folder.save(checkpoint)
         _evaluate(config, checkpoint, evaluator, metrics)
-    write_adapter(folder.path / "adapter", config, checkpoint)
+        refresh_report(folder)
+    card = render_card(read_history(folder), checkpoint.origin)
+    write_adapter(folder.path / "adapter", config, checkpoint, card)
     return checkpoint
 
 
@@ -157,14 +169,18 @@ def _fold(
     except UpdateError as error:
         return {**facts, "outcome": INVALID, "reason": str(error)}
     return {
-        # First, so that a site's own figures cannot take the place of what is found here.
-        **dict(update.metrics),
         **facts,
         "examples": update.examples,
         "tokens": update.tokens,
         "update_norm": norm(delta),
         **({"rank": rank} if config.lora.mixed_ranks else {}),
+        **_figures(update),
     }
+
+
+def _figures(update: pb.Update) -> dict[str, float]:
+    """A site's own figures; those under a name that the centre writes itself are left out."""
+    return {name: value for name, value in update.metrics.items() if name not in _CENTRE_WRITES}
 
 
 def _weight(update: pb.Update, config: RunConfig) -> int:

@@ -138,6 +138,7 @@ class Sites:
                 who = answer.site if answer.site != ANY_SITE else f"node {answer.node}"
                 if self._problems.get(who) != answer.reason:
                     log.warning("%s cannot take part: %s", who, answer.reason)
+                    self._metrics.append("unusable", site=who, reason=answer.reason)
                 self._problems[who] = answer.reason
                 continue
             said = answer.message
@@ -153,6 +154,7 @@ class Sites:
             if described != self._agreed:
                 self._problems[site] = "its base model or adapter differs from the run's"
                 log.warning("site %s cannot take part: %s", site, self._problems[site])
+                self._metrics.append("unusable", site=site, reason=self._problems[site])
                 continue
             self._problems.pop(site, None)
             self._nodes[site] = node

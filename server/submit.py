@@ -6,6 +6,7 @@ experiment -> configuration -> run folder -> start -> follow -> result
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from server.bundle import Bundle
 from server.checkpoint import RunFolder
 from server.control import ControlClient
 from server.metrics import Metrics
+from server.report import refresh_report
 from server.runs import wait_for_run
 from server.table import Scores, render
 from server.traffic import describe_traffic
@@ -48,6 +50,34 @@ def find_experiment(name: str, experiments: Path) -> Path:
         known = ", ".join(sorted(file.stem for file in experiments.glob("*.toml"))) or "none"
         raise ConfigError(f"{path} does not exist; experiments there: {known}")
     return path
+
+
+def match_experiments(pattern: str, experiments: Path) -> list[Path]:
+    """The TOML files whose names match, two or more, by name.
+
+    Args:
+        pattern: names without ending, separated by spaces; `*` stands for anything.
+        experiments: folder of experiments.
+
+    Raises:
+        ConfigError: a name matches none, or all together fewer than two.
+    """
+    known = sorted(file.stem for file in experiments.glob("*.toml"))
+    found: set[str] = set()
+    for name in pattern.split():
+        matching = fnmatch.filter(known, name)
+        if not matching:
+            raise ConfigError(
+                f"no experiment in {experiments} matches {name}; there are: "
+                f"{', '.join(known) or 'none'}"
+            )
+        found |= set(matching)
+    if len(found) < 2:
+        raise ConfigError(
+            f'a comparison needs two or more experiments, and "{pattern}" names {len(found)} of '
+            f"{', '.join(known)}; name more"
+        )
+    return [experiments / f"{name}.toml" for name in sorted(found)]
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
@@ -198,6 +228,8 @@ def write_result(folder: RunFolder, rows: Mapping[str, Scores]) -> str:
     Returns:
         The text.
 
+    The report is written once more: what the run is compared with may have come meanwhile.
+
     Raises:
         CheckpointError: it cannot be written.
     """
@@ -215,6 +247,7 @@ def write_result(folder: RunFolder, rows: Mapping[str, Scores]) -> str:
         raise CheckpointError(
             f"{folder.path / 'result.md'} cannot be written ({error.strerror}); free space"
         ) from None
+    refresh_report(folder)
     return text
 
 
@@ -224,6 +257,7 @@ def _record_stop(folder: RunFolder) -> None:
     # and `status`, which asks the SuperLink too, says `cut off`.
     with contextlib.suppress(CheckpointError), folder.claim(_STOP_SECONDS):
         folder.set_status("stopped", round=folder.status().get("round", 0))
+    refresh_report(folder)
 
 
 def _show_progress(line: str) -> None:

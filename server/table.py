@@ -38,11 +38,15 @@ def render(rows: Mapping[str, Scores]) -> str:
             own = scores.get(name, {})
             cells += [f"{own[column]:.3f}" if column in own else "" for column in columns]
         lines.append(cells)
-    return _align(lines)
+    return align(lines)
 
 
-def _align(lines: Sequence[Sequence[str]]) -> str:
-    """Pad the cells: text on the left, numbers on the right."""
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """A markdown table whose cells are padded: the first column on the left, others on the right.
+
+    Args:
+        lines: the head, then the rows.
+    """
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rule = [
         "-" * width if index == 0 else "-" * (width - 1) + ":" for index, width in enumerate(widths)

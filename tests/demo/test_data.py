@@ -14,6 +14,7 @@ from demo.data import (
     HELD_OUT_WORDINGS,
     Row,
     Task,
+    count_chapters,
     deal,
     describe,
     make_data,
@@ -22,7 +23,7 @@ from demo.data import (
 from demo.names import site_names
 from demo.partition import SMALLEST_SITE
 from fedqlora.engine.data import load_records
-from fedqlora.errors import ConfigError
+from fedqlora.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,17 @@ def test_the_files_are_what_the_engine_reads_and_the_seed_fixes_every_byte(tmp_p
         assert record.completion == f" {record.fields['category']}"
         assert record.fields["chapter"] in choices["chapter"]
         assert record.fields["category"] in choices["category"]
+
+
+def test_the_chapters_of_written_records_are_counted_again(
+    tmp_path: Path, hospitals: dict[str, list[Row]]
+) -> None:
+    make_data(tmp_path / "data", 3, 1)
+    counts = count_chapters(tmp_path / "data", list(hospitals))
+    for name, rows in hospitals.items():
+        assert {k: n for k, n in counts[name].items() if n} == Counter(r["chapter"] for r in rows)
+    with pytest.raises(DataError, match="cannot be read; remove"):
+        count_chapters(tmp_path / "nowhere", list(hospitals))
 
 
 def test_making_the_data_again_replaces_it(tmp_path: Path) -> None:

@@ -105,6 +105,21 @@ def test_an_interrupted_demo_stops_every_process_and_resumes(home: Path) -> None
     assert "| federated    |" in result.stdout
 
 
+def test_a_comparison_runs_its_experiments_and_shows_both(home: Path) -> None:
+    for steps in (1, 2):
+        text = SHORT.replace("short", f"pair-{steps}").replace("steps = 1", f"steps = {steps}")
+        (home / f"pair-{steps}.toml").write_text(text)
+    result = run(home, "compare", "--experiments", "pair-*", "--folder", str(home),
+                 "--sites", "2", "--rounds", "1")  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    table = result.stdout.split("\n\n")[-2]
+    assert [line.split("-20")[0] for line in table.splitlines()[2:]] == ["| pair-1", "| pair-2"]
+    page = Path(result.stdout.splitlines()[-1].removeprefix("comparison: "))
+    assert "local steps" in (ROOT / page).read_text()
+    (folder,) = (home / "runs").glob("pair-1-*")
+    assert "records of" in (folder / "report.html").read_text()
+
+
 def test_expired_certificates_are_one_sentence_and_no_run(home: Path, tmp_path: Path) -> None:
     past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=100)
     make_all(tmp_path / "certs" / "out", ["a", "b"], now=past)
@@ -123,6 +138,8 @@ def test_expired_certificates_are_one_sentence_and_no_run(home: Path, tmp_path: 
         (["run", "--sites", "99"], "SITES=99 is not between 1 and 26"),
         (["run", "--rounds", "0"], "ROUNDS=0 is not a number of rounds"),
         (["resume", "nowhere"], "is not a run folder"),
+        (["compare", "--experiments", "none-*"], "matches none-*; there are: "),
+        (["compare", "--experiments", "icd10"], "a comparison needs two or more experiments"),
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_starts(
