@@ -58,7 +58,7 @@ def fold_in(folder: Path, count: int) -> np.ndarray:
     adapter = {NAME: np.zeros(VALUES, dtype=np.float32)}
     spec, fold = AdapterSpec.of(adapter), FedAvg(adapter)
     for number in range(count):
-        update = open_reply(
+        _, update = open_reply(
             (folder / f"{number % FILES}.envelope").read_bytes(),
             KEY.public_key(),
             site="a",

@@ -8,14 +8,19 @@ site's policy allowed the instruction.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import logging
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
 
 from client.policy import Policy, check, load_policy
+from client.textfile import Textfile
+from fedqlora import VERSION
 from fedqlora import protocol_pb2 as pb
 from fedqlora.audit import AuditLog
 from fedqlora.codec import decode, encode
@@ -28,12 +33,17 @@ from fedqlora.engine.service import Identity, Service, serve
 from fedqlora.engine.train import mean_loss, train
 from fedqlora.engine.warm import WarmModel
 from fedqlora.errors import AuditError, DataError, FedqloraError, PolicyRefusal
+from fedqlora.head import Head, head_facts
 
 log = logging.getLogger("client")
 
 _SOFTWARE = ("bitsandbytes", "peft", "torch", "transformers")
 # Below this a loss says more about single records than about learning.
 MIN_EXAMPLES = 8
+SIGN_SECONDS = 12 * 3600.0
+"""Time between two signatures of the audit log's head while nothing else signs it."""
+
+_RUN_LENGTH = 100
 
 
 class Trainer:
@@ -45,6 +55,7 @@ class Trainer:
         models: folder of base models, never written.
         policy: the site's rules.
         audit: the site's log; what cannot be logged is not done.
+        textfile: metrics for the hospital's own monitoring.
         device: where it trains; None takes a GPU where there is one.
     """
 
@@ -56,6 +67,7 @@ class Trainer:
         models: Path,
         policy: Policy,
         audit: AuditLog,
+        textfile: Textfile,
         device: torch.device | None = None,
     ) -> None:
         self._site = site
@@ -63,6 +75,7 @@ class Trainer:
         self._models = models
         self._policy = policy
         self._audit = audit
+        self._textfile = textfile
         self._warm = WarmModel(device)
         self._examples: tuple[object, list[Tokenized], list[Tokenized]] | None = None
 
@@ -81,8 +94,16 @@ class Trainer:
         base = self._warm.get(folder, config.model, config.lora)
         training, validation = self._records(base, digest, config)
         if isinstance(body, pb.Describe):
-            self._record("described", header)
-            return _describe(base, digest)
+            described = _describe(base, digest)
+            self._record(
+                "described",
+                header,
+                base=digest,
+                bytes_out=described.ByteSize(),
+                tensors=_sha256(described.given.data),
+                **self._allowed(header),
+            )
+            return described
         if isinstance(body, pb.Train):
             return self._train(header, config, body, base, training, validation)
         raise PolicyRefusal("evaluate", "a site describes and trains only; ask the evaluator")
@@ -90,7 +111,9 @@ class Trainer:
     def refused(self, header: pb.Header, refusal: pb.Refusal) -> None:
         """Write a refusal to the audit log; it stays one where that cannot be written."""
         try:
-            self._record("refused", header, code=refusal.code, rule=refusal.rule)
+            self._record(
+                "refused", header, decision="refused", code=refusal.code, rule=refusal.rule
+            )
         except AuditError as error:
             log.error("%s", error)
 
@@ -104,7 +127,7 @@ class Trainer:
         validation: list[Tokenized],
     ) -> pb.Update:
         """One round: score the received adapter on the validation share, then train."""
-        self._record("training", header)
+        self._record("training", header, **self._allowed(header))
         log.info("round %s of run %s: training", header.round, header.run)
         adapter = decode(body.adapter)
         held = validation[: config.data.validation_examples]
@@ -135,7 +158,13 @@ class Trainer:
             tokens=int(leaving.pop("tokens", 0)),
             metrics=leaving,
         )
-        self._record("trained", header, bytes_out=update.ByteSize())
+        self._record(
+            "trained",
+            header,
+            bytes_out=update.ByteSize(),
+            tensors=_sha256(update.delta.data),
+            figures=",".join(sorted(leaving)),
+        )
         log.info(
             "round %s: %s examples, %s steps", header.round, result.examples, config.training.steps
         )
@@ -166,8 +195,20 @@ class Trainer:
             )
         return training, validation
 
+    def _allowed(self, header: pb.Header) -> dict[str, str | int]:
+        """The policy's decision, and the coordinator's own log as it says it stands."""
+        policy = _sha256(self._policy.model_dump_json().encode())
+        server = Head(header.own_number, header.own_head)
+        return {"decision": "allowed", "policy": policy, **head_facts("server", server)}
+
     def _record(self, event: str, header: pb.Header, **facts: str | int) -> None:
-        self._audit.append(event, run=header.run, round=header.round, **facts)
+        # A refused header may be anybody's: its text is bounded.
+        self._audit.append(event, run=header.run[:_RUN_LENGTH], round=header.round, **facts)
+        self._textfile.note(event, time.time(), int(facts.get("bytes_out", 0)))
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _describe(base: BaseModel, digest: str) -> pb.Description:
@@ -191,7 +232,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--keys", required=True, type=Path, help="folder with signing.key and coordinator.pub"
     )
-    parser.add_argument("--state", required=True, type=Path, help="replay window and audit log")
+    parser.add_argument(
+        "--state", required=True, type=Path, help="replay window, audit log, metrics"
+    )
     parser.add_argument("--socket", required=True, type=Path, help="unix socket to serve on")
     add_device_options(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -199,15 +242,23 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
         identity = Identity.load(options.site, options.keys)
+        audit = AuditLog(options.state / "audit.jsonl", identity.key)
         trainer = Trainer(
             site=options.site,
             data=options.data,
             models=options.models,
             policy=load_policy(options.policy),
-            audit=AuditLog(options.state / "audit.jsonl"),
+            audit=audit,
+            textfile=Textfile(options.state / "metrics.prom", audit),
             device=choose_device(options.device, options.memory_fraction),
         )
-        serve(Service(identity, options.state / "window", trainer), options.socket)
+        audit.append("started", release=VERSION)
+        audit.sign_head()
+        threading.Thread(
+            target=audit.keep_signed, args=(threading.Event(), SIGN_SECONDS), daemon=True
+        ).start()
+        service = Service(identity, options.state / "window", trainer, audit=audit)
+        serve(service, options.socket)
     except FedqloraError as error:
         if options.debug:
             raise

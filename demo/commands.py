@@ -47,6 +47,8 @@ class Layout:
     """HOST:PORT of the Fleet API."""
     control: str
     """HOST:PORT of the Control and Runtime APIs."""
+    metrics: str
+    """HOST:PORT of the SuperLink's metrics."""
     extra: Mapping[str, str]
     """Environment variables for every process."""
 
@@ -81,6 +83,7 @@ def list_processes(layout: Layout, sites: Sequence[LocalSite]) -> list[ManagedPr
 def _superlink(layout: Layout) -> ManagedProcess:
     arguments = ["--certs", layout.certs / "superlink", "--state", layout.scratch / "superlink"]
     addresses = ["--fleet", layout.fleet, "--control", layout.control]
+    addresses += ["--metrics", layout.metrics]
     return _describe(layout, "superlink", _module("server.superlink", *arguments, *addresses))
 
 

@@ -77,6 +77,7 @@ class LocalFederation:
             held_out=None if held_out is None else held_out.resolve(),
             fleet=f"127.0.0.1:{find_free_port()}",
             control=f"127.0.0.1:{find_free_port()}",
+            metrics=f"127.0.0.1:{find_free_port()}",
             extra=dict(environment or {}),
         )
         self._sites = list(sites)
@@ -213,6 +214,11 @@ class LocalFederation:
     def fleet_address(self) -> str:
         """HOST:PORT of the Fleet API."""
         return self._layout.fleet
+
+    @property
+    def metrics_address(self) -> str:
+        """HOST:PORT of the SuperLink's metrics."""
+        return self._layout.metrics
 
     @property
     def control_address(self) -> str:

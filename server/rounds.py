@@ -95,6 +95,7 @@ def run_round(
         facts = _fold(answer, aggregator, spec, config)
         outcomes[answer.site] = facts["outcome"]
         metrics.append("site", round=round_, site=answer.site, **facts)
+        exchange.judged(round_, answer.site, facts["outcome"])
         if facts["outcome"] == "used":
             log.info("round %s: site %s's update folded in", round_, answer.site)
         else:
@@ -111,7 +112,9 @@ def run_round(
     seconds = round(time.monotonic() - started, 3)
     metrics.append("round", round=round_, sites=used, seconds=seconds)
     log.info("round %s: %s sites in %s s", round_, used, seconds)
-    return aggregator.finish()
+    result = aggregator.finish()
+    exchange.aggregated(round_, used, encode(result, "float32").data)
+    return result
 
 
 def _instruct(config: RunConfig, adapter: Adapter) -> bytes:
