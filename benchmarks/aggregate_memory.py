@@ -67,7 +67,7 @@ def write_updates(folder: Path) -> None:
 def fold_in(folder: Path, count: int, aggregator: Aggregator, spec: AdapterSpec) -> Adapter:
     """Ours: verify, decode, check and fold one update at a time."""
     for number in range(count):
-        update = open_reply(
+        _, update = open_reply(
             (folder / f"{number % FILES}.envelope").read_bytes(),
             KEY.public_key(),
             site="a",

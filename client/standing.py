@@ -49,7 +49,8 @@ def read_standing(log: Path, now: datetime.datetime) -> Standing:
             lines, head, events = 0, "", []
         else:
             # A trainer may be appending: what is verified is what is summed up.
-            lines, head = verify(log)
+            hashes = verify(log)
+            lines, head = len(hashes), hashes[-1].hex() if hashes else ""
             with log.open("rb") as file:
                 events = [json.loads(next(file)) for _ in range(lines)]
     except OSError as error:

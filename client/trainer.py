@@ -8,15 +8,20 @@ site's policy allowed the instruction.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import logging
 import math
 import sys
+import threading
+import time
 from pathlib import Path
 
 from client.feedback import Feedback
 from client.peers import load_peers
 from client.policy import Policy, check, load_policy, own_training, training_rank
+from client.textfile import Textfile
+from fedqlora import VERSION
 from fedqlora import protocol_pb2 as pb
 from fedqlora.adapter import Adapter, check_residual, check_update, lower_rank
 from fedqlora.audit import AuditLog
@@ -31,12 +36,17 @@ from fedqlora.engine.train import mean_loss, train
 from fedqlora.engine.warm import WarmModel
 from fedqlora.errors import AuditError, DataError, FedqloraError, PolicyRefusal
 from fedqlora.halves import select_trained
+from fedqlora.head import Head, head_facts
 
 log = logging.getLogger("client")
 
 _SOFTWARE = ("bitsandbytes", "peft", "torch", "transformers")
 # Below this a loss says more about single records than about learning.
 MIN_EXAMPLES = 8
+SIGN_SECONDS = 12 * 3600.0
+"""Time between two signatures of the audit log's head while nothing else signs it."""
+
+_RUN_LENGTH = 100
 
 
 class Trainer:
@@ -49,6 +59,7 @@ class Trainer:
         policy: the site's rules.
         audit: the site's log; what cannot be logged is not done.
         feedback: what lossy encodings left out of the site's updates.
+        textfile: metrics for the hospital's own monitoring.
         warm: where the base model stays loaded.
     """
 
@@ -61,6 +72,7 @@ class Trainer:
         policy: Policy,
         audit: AuditLog,
         feedback: Feedback,
+        textfile: Textfile,
         warm: WarmModel,
     ) -> None:
         self._site = site
@@ -69,6 +81,7 @@ class Trainer:
         self._policy = policy
         self._audit = audit
         self._feedback = feedback
+        self._textfile = textfile
         self._warm = warm
         self._examples: tuple[object, list[Tokenized], list[Tokenized]] | None = None
 
@@ -88,8 +101,16 @@ class Trainer:
         base = self._warm.get(folder, config.model, lora)
         training, validation = self._records(base, digest, config)
         if isinstance(body, pb.Describe):
-            self._record("described", header)
-            return _describe(base, digest, config.lora.rank)
+            described = _describe(base, digest, config.lora.rank)
+            self._record(
+                "described",
+                header,
+                base=digest,
+                bytes_out=described.ByteSize(),
+                tensors=_sha256(described.given.data),
+                **self._allowed(header),
+            )
+            return described
         if isinstance(body, pb.Train):
             return self._train(header, config, body, base, training, validation)
         raise PolicyRefusal("evaluate", "a site describes and trains only; ask the evaluator")
@@ -97,7 +118,9 @@ class Trainer:
     def refused(self, header: pb.Header, refusal: pb.Refusal) -> None:
         """Write a refusal to the audit log; it stays one where that cannot be written."""
         try:
-            self._record("refused", header, code=refusal.code, rule=refusal.rule)
+            self._record(
+                "refused", header, decision="refused", code=refusal.code, rule=refusal.rule
+            )
         except AuditError as error:
             log.error("%s", error)
 
@@ -111,7 +134,7 @@ class Trainer:
         validation: list[Tokenized],
     ) -> pb.Update:
         """One round: score the received adapter on the validation share, then train."""
-        self._record("training", header)
+        self._record("training", header, **self._allowed(header))
         log.info("round %s of run %s: training", header.round, header.run)
         adapter, residual = self._receive(base, config, body)
         held = validation[: config.data.validation_examples]
@@ -146,7 +169,13 @@ class Trainer:
             tokens=int(leaving.pop("tokens", 0)),
             metrics=leaving,
         )
-        self._record("trained", header, bytes_out=update.ByteSize())
+        self._record(
+            "trained",
+            header,
+            bytes_out=update.ByteSize(),
+            tensors=_sha256(update.delta.data),
+            figures=",".join(sorted(leaving)),
+        )
         log.info("round %s: %s examples", header.round, result.examples)
         return update
 
@@ -193,8 +222,20 @@ class Trainer:
             )
         return training, validation
 
+    def _allowed(self, header: pb.Header) -> dict[str, str | int]:
+        """The policy's decision, and the coordinator's own log as it says it stands."""
+        policy = _sha256(self._policy.model_dump_json().encode())
+        server = Head(header.own_number, header.own_head)
+        return {"decision": "allowed", "policy": policy, **head_facts("server", server)}
+
     def _record(self, event: str, header: pb.Header, **facts: str | int) -> None:
-        self._audit.append(event, run=header.run, round=header.round, **facts)
+        # A refused header may be anybody's: its text is bounded.
+        self._audit.append(event, run=header.run[:_RUN_LENGTH], round=header.round, **facts)
+        self._textfile.note(event, time.time(), int(facts.get("bytes_out", 0)))
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _describe(base: BaseModel, digest: str, rank: int) -> pb.Description:
@@ -224,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="folder with signing.key, coordinator.pub and the roster",
     )
     parser.add_argument(
-        "--state", required=True, type=Path, help="replay window, audit log and feedback"
+        "--state", required=True, type=Path, help="replay window, audit log, feedback, metrics"
     )
     parser.add_argument("--socket", required=True, type=Path, help="unix socket to serve on")
     add_device_options(parser)
@@ -237,16 +278,24 @@ def main(arguments: list[str] | None = None) -> int:
         peers = load_peers(policy, options.keys, options.site)
         if policy.peers:
             log.info("pinned peers in the roster: %s", ", ".join(sorted(peers)) or "none")
+        audit = AuditLog(options.state / "audit.jsonl", identity.key)
         trainer = Trainer(
             site=options.site,
             data=options.data,
             models=options.models,
             policy=policy,
-            audit=AuditLog(options.state / "audit.jsonl"),
+            audit=audit,
             feedback=Feedback(options.state / "feedback"),
+            textfile=Textfile(options.state / "metrics.prom", audit),
             warm=WarmModel(choose_device(options.device, options.memory_fraction)),
         )
-        serve(Service(identity, options.state / "window", trainer), options.socket)
+        audit.append("started", release=VERSION)
+        audit.sign_head()
+        threading.Thread(
+            target=audit.keep_signed, args=(threading.Event(), SIGN_SECONDS), daemon=True
+        ).start()
+        service = Service(identity, options.state / "window", trainer, audit=audit)
+        serve(service, options.socket)
     except FedqloraError as error:
         if options.debug:
             raise

@@ -99,7 +99,7 @@ def _run(options: argparse.Namespace) -> None:
     hospitals = Hospitals(config, options.sites, home, options.partition)
     hospitals.prepare()
     facts = {"partition": options.partition, "baselines": options.baselines}
-    folder = _create(home, config, hospitals, facts)
+    folder = _create(home / "runs", config, hospitals, facts)
     _federate(folder, config, hospitals)
     _report(folder, hospitals, options.baselines)
 
@@ -121,7 +121,8 @@ def _simulate(options: argparse.Namespace) -> None:
     hospitals = Hospitals(config, options.sites, home, simulated=True)
     hospitals.prepare()
     facts = {"devices": devices.model_dump(mode="json"), "workers": options.workers}
-    folder = _create(home, config, hospitals, facts)
+    # Runs of their own: the centre's audit log there knows the simulated sites and no others.
+    folder = _create(home / "runs" / "simulated", config, hospitals, facts)
     _run_simulation(folder, hospitals, devices, options.workers)
 
 
@@ -154,11 +155,11 @@ def _run_simulation(
 
 
 def _create(
-    home: Path, config: RunConfig, hospitals: Hospitals, facts: Mapping[str, object]
+    runs: Path, config: RunConfig, hospitals: Hospitals, facts: Mapping[str, object]
 ) -> RunFolder:
     """A new run folder that knows who holds what: only a demo's centre can."""
     skew = count_chapters(hospitals.data, hospitals.names)
-    folder = RunFolder.create(home / "runs", config)
+    folder = RunFolder.create(runs, config)
     folder.write_json("demo.json", {"sites": len(hospitals.names), **facts})
     folder.write_json("skew.json", skew)
     return folder
@@ -178,7 +179,7 @@ def _compare(options: argparse.Namespace) -> None:
     try:
         for config, hospitals in zip(configs, parties, strict=True):
             hospitals.prepare()
-            folder = _create(home, config, hospitals, {"baselines": False})
+            folder = _create(home / "runs", config, hospitals, {"baselines": False})
             folders.append(folder.path)
             _federate(folder, config, hospitals)
             _report(folder, hospitals, baselines=False)
@@ -216,6 +217,7 @@ def _federate(folder: RunFolder, config: RunConfig, hospitals: Hospitals) -> Non
         sites=hospitals.sites(),
         models=hospitals.models,
         held_out=hospitals.held_out if config.evaluation.enabled else None,
+        state=folder.path.parent / ".sites",
     ) as federation:
         run_id = submit.start(folder, pack(REPOSITORY), federation.control)
         if run_id is not None:

@@ -34,7 +34,9 @@ class Layout:
     certs: Path
     """What `python -m certs make --out` made."""
     folder: Path
-    """Logs, and the state of trainers and evaluator."""
+    """Logs."""
+    state: Path
+    """State of trainers and evaluator, which outlives a run: audit logs, replay windows."""
     runs: Path
     """Run folders."""
     scratch: Path
@@ -47,6 +49,8 @@ class Layout:
     """HOST:PORT of the Fleet API."""
     control: str
     """HOST:PORT of the Control and Runtime APIs."""
+    metrics: str
+    """HOST:PORT of the SuperLink's metrics."""
     extra: Mapping[str, str]
     """Environment variables for every process."""
 
@@ -81,6 +85,7 @@ def list_processes(layout: Layout, sites: Sequence[LocalSite]) -> list[ManagedPr
 def _superlink(layout: Layout) -> ManagedProcess:
     arguments = ["--certs", layout.certs / "superlink", "--state", layout.scratch / "superlink"]
     addresses = ["--fleet", layout.fleet, "--control", layout.control]
+    addresses += ["--metrics", layout.metrics]
     return _describe(layout, "superlink", _module("server.superlink", *arguments, *addresses))
 
 
@@ -104,7 +109,7 @@ def _evaluator(layout: Layout, held_out: Path) -> ManagedProcess:
     arguments = ["--held-out", held_out, "--models", layout.models]
     folder = layout.certs / "evaluator"
     keys = ["--keys", folder]
-    state = ["--state", layout.folder / "evaluator", "--socket", layout.socket_of("evaluator")]
+    state = ["--state", layout.state / "evaluator", "--socket", layout.socket_of("evaluator")]
     return _describe(layout, "evaluator", _module("server.evaluator", *arguments, *keys, *state))
 
 
@@ -116,7 +121,7 @@ def _trainer(layout: Layout, site: LocalSite, data: Path, threads: int) -> Manag
     name = f"trainer-{site.name}"
     arguments = ["--site", site.name, "--data", data.resolve(), "--models", layout.models]
     keys = ["--policy", site.policy.resolve(), "--keys", _site_keys(layout, site)]
-    state = ["--state", layout.folder / name, "--socket", layout.socket_of(name)]
+    state = ["--state", layout.state / name, "--socket", layout.socket_of(name)]
     return _describe(
         layout,
         name,

@@ -41,7 +41,7 @@ class LocalFederation:
 
     Flower's own state (its database, its homes) and the sockets live in a temporary folder that
     goes with the federation; a run is continued from our checkpoints, not from Flower's state.
-    Trainers' and the evaluator's state stays in `folder`.
+    Trainers' and the evaluator's state stays.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class LocalFederation:
         sites: Sequence[LocalSite],
         models: Path | None = None,
         held_out: Path | None = None,
+        state: Path | None = None,
         environment: Mapping[str, str] | None = None,
         start_timeout_seconds: float = 300.0,
     ) -> None:
@@ -60,23 +61,27 @@ class LocalFederation:
 
         Args:
             certs: what `python -m certs make --out` made: superlink/, coordinator/, sites/.
-            folder: for logs and the state of trainers and evaluator.
+            folder: for logs.
             runs: folder of run folders, told to the ServerApp as FEDQLORA_RUNS.
             sites: the hospitals.
             models: folder of base models; needed for trainers and evaluator.
             held_out: held-out set; None starts no evaluator.
+            state: for the state of trainers and evaluator; None is `folder`. All runs under `runs`
+                need the same: the centre knows each site's audit log from the runs before.
             environment: added to that of every process.
             start_timeout_seconds: how long all of it may take to become ready.
         """
         self._layout = Layout(
             certs=certs.resolve(),
             folder=folder.resolve(),
+            state=(state or folder).resolve(),
             runs=runs.resolve(),
             scratch=Path(tempfile.gettempdir()) / f"fq-{os.urandom(4).hex()}",
             models=None if models is None else models.resolve(),
             held_out=None if held_out is None else held_out.resolve(),
             fleet=f"127.0.0.1:{find_free_port()}",
             control=f"127.0.0.1:{find_free_port()}",
+            metrics=f"127.0.0.1:{find_free_port()}",
             extra=dict(environment or {}),
         )
         self._sites = list(sites)
@@ -213,6 +218,11 @@ class LocalFederation:
     def fleet_address(self) -> str:
         """HOST:PORT of the Fleet API."""
         return self._layout.fleet
+
+    @property
+    def metrics_address(self) -> str:
+        """HOST:PORT of the SuperLink's metrics."""
+        return self._layout.metrics
 
     @property
     def control_address(self) -> str:

@@ -26,6 +26,7 @@ from flwr.serverapp import Grid, ServerApp
 from client.app import reply_with, unwrap
 from client.feedback import Feedback
 from client.policy import load_policy
+from client.textfile import Textfile
 from client.trainer import Trainer
 from demo.devices import Device
 from demo.hospitals import Hospitals
@@ -72,11 +73,11 @@ class SimulatedSite:
 def lay_out(
     folder: RunFolder, hospitals: Hospitals, kinds: Sequence[Device]
 ) -> list[SimulatedSite]:
-    """The demo's hospitals with these machines; writes a policy for each into the run folder."""
+    """The demo's hospitals with these machines; writes a policy for each beside its state."""
     steps = folder.config().training.steps
     sites = []
     for name, kind in zip(hospitals.names, kinds, strict=True):
-        state = folder.path / "simulation" / name
+        state = folder.path.parent / ".sites" / name
         state.mkdir(parents=True, exist_ok=True)
         allowed = max(1, round(steps * kind.steps))
         text = render_policy(hospitals.digest(), steps=allowed)
@@ -152,7 +153,7 @@ def _evaluating(
         yield
         return
     identity = Identity.load(NAME, keys)
-    state = folder.path / "simulation" / NAME
+    state = folder.path.parent / ".sites" / NAME
     server = listen(Service(identity, state, Scorer(held_out, models), (FedqloraError,)), socket)
     try:
         yield
@@ -192,17 +193,19 @@ def answer(site: SimulatedSite, models: Path, envelope: bytes) -> bytes:
     """
     if _is_away(site, envelope):
         raise RuntimeError("the site's trainer does not answer")
+    identity = Identity.load(site.name, site.keys)
+    audit = AuditLog(site.state / "audit.jsonl", identity.key)
     trainer = Trainer(
         site=site.name,
         data=site.data,
         models=models,
         policy=load_policy(site.policy),
-        audit=AuditLog(site.state / "audit.jsonl"),
+        audit=audit,
         feedback=Feedback(site.state / "feedback"),
+        textfile=Textfile(site.state / "metrics.prom", audit),
         warm=_warm_model(),
     )
-    identity = Identity.load(site.name, site.keys)
-    return Service(identity, site.state / "window", trainer).exchange(envelope)
+    return Service(identity, site.state / "window", trainer, audit=audit).exchange(envelope)
 
 
 @functools.cache

@@ -82,6 +82,7 @@ services:
     networks: !override
       published: {{priority: 1000}}
       control: {{aliases: [control]}}
+      monitoring: {{aliases: [superlink-metrics]}}
 {fleets}
     volumes: !override
       - superlink-keys:/certs/superlink:ro
@@ -286,7 +287,11 @@ def read_command(template: str, module: str) -> str:
 
 
 def _networks(names: Sequence[str]) -> str:
-    closed = ["control", *(f"{kind}-{name}" for name in names for kind in ("fleet", "clientapp"))]
+    closed = [
+        "control",
+        "monitoring",
+        *(f"{kind}-{name}" for name in names for kind in ("fleet", "clientapp")),
+    ]
     lines = ["networks:"]
     for number, name in enumerate(closed):
         # Reserved for measurements, never routed; the host has no address in these networks.

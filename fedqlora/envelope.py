@@ -28,9 +28,11 @@ from google.protobuf.message import DecodeError
 from fedqlora import protocol_pb2 as pb
 from fedqlora.errors import ConfigError, ReplayError, SignatureError, VersionError
 from fedqlora.files import write_durably
+from fedqlora.head import Head
 
 VERSION = 1
 ANY_SITE = "*"
+NO_HEAD = Head()
 # Keeps these signatures apart from anything else that the same key may ever sign.
 _PREFIX = b"fedqlora envelope\x00"
 
@@ -44,6 +46,16 @@ class Verified:
     digest: bytes
     """SHA-256 of the header: names this envelope."""
 
+    @property
+    def own(self) -> Head:
+        """The head of the sender's audit log."""
+        return Head(self.header.own_number, self.header.own_head)
+
+    @property
+    def seen(self) -> Head:
+        """The head of the addressee's audit log that the sender relies on."""
+        return Head(self.header.seen_number, self.header.seen_head)
+
 
 def sign(
     key: Ed25519PrivateKey,
@@ -56,6 +68,8 @@ def sign(
     payload: bytes,
     replies_to: bytes = b"",
     version: int = VERSION,
+    own: Head = NO_HEAD,
+    seen: Head = NO_HEAD,
 ) -> bytes:
     """Build and sign an envelope; returns it serialized. Fields: see protocol.proto."""
     header = pb.Header(
@@ -67,6 +81,10 @@ def sign(
         issued=issued,
         payload_digest=hashlib.sha256(payload).digest(),
         replies_to=replies_to,
+        own_number=own.number,
+        own_head=own.digest,
+        seen_number=seen.number,
+        seen_head=seen.digest,
     ).SerializeToString(deterministic=True)
     return pb.Envelope(
         header=header, signature=key.sign(_PREFIX + header), payload=payload

@@ -10,7 +10,8 @@
     │   └── VersionError     the two sides speak different protocol versions
     ├── PolicyRefusal        the site's policy forbids it; `rule` names the rule
     ├── UpdateError          a site's update has a wrong name, shape, range or digest
-    ├── AuditError           a site's audit log cannot be written, or its chain is broken
+    ├── AuditError           an audit log cannot be written, or its chain is broken
+    │   └── HistoryError     a log lacks a line that somebody has seen of it
     ├── CheckpointError      a run folder cannot be written or read
     └── FederationError      sites, SuperLink or trainer are missing or too late
 
@@ -25,6 +26,8 @@ class FedqloraError(Exception):
     """Base of all errors that are meant to be shown to a person."""
 
     exit_code = 1
+    rule = ""
+    """The rule that was broken, where there is one that a refusal can name."""
 
 
 class ConfigError(FedqloraError):
@@ -76,6 +79,12 @@ class UpdateError(FedqloraError):
 
 class AuditError(FedqloraError):
     """The audit log cannot be written or its chain is broken; what cannot be logged is not done."""
+
+
+class HistoryError(AuditError):
+    """An audit log was cut off or written anew: it lacks a head that was seen of it before."""
+
+    rule = "audit.head"
 
 
 class CheckpointError(FedqloraError):

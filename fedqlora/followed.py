@@ -46,6 +46,8 @@ class Followed(Generic[Content]):
         """
         self.problem: str | None = None
         """Why the newest files are not used; None when they are."""
+        self.failures = 0
+        """How often new files were found bad since the start."""
         self._folder = folder
         self._names = names
         self._load = load
@@ -83,6 +85,7 @@ class Followed(Generic[Content]):
             logger.info("Now using %s.", self._describe(self._good))
         except ConfigError as error:
             self.problem = str(error)
+            self.failures += 1
             logger.error(
                 "Keeping %s, the new one is bad: %s", self._describe(self._good), self.problem
             )

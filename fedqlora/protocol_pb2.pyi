@@ -37,7 +37,7 @@ class Envelope(_message.Message):
     def __init__(self, header: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("version", "run", "round", "site", "kind", "issued", "payload_digest", "replies_to")
+    __slots__ = ("version", "run", "round", "site", "kind", "issued", "payload_digest", "replies_to", "own_number", "own_head", "seen_number", "seen_head")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,10 @@ class Header(_message.Message):
     ISSUED_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_DIGEST_FIELD_NUMBER: _ClassVar[int]
     REPLIES_TO_FIELD_NUMBER: _ClassVar[int]
+    OWN_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    OWN_HEAD_FIELD_NUMBER: _ClassVar[int]
+    SEEN_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    SEEN_HEAD_FIELD_NUMBER: _ClassVar[int]
     version: int
     run: str
     round: int
@@ -54,7 +58,11 @@ class Header(_message.Message):
     issued: int
     payload_digest: bytes
     replies_to: bytes
-    def __init__(self, version: _Optional[int] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., site: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., issued: _Optional[int] = ..., payload_digest: _Optional[bytes] = ..., replies_to: _Optional[bytes] = ...) -> None: ...
+    own_number: int
+    own_head: bytes
+    seen_number: int
+    seen_head: bytes
+    def __init__(self, version: _Optional[int] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., site: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., issued: _Optional[int] = ..., payload_digest: _Optional[bytes] = ..., replies_to: _Optional[bytes] = ..., own_number: _Optional[int] = ..., own_head: _Optional[bytes] = ..., seen_number: _Optional[int] = ..., seen_head: _Optional[bytes] = ...) -> None: ...
 
 class Tensors(_message.Message):
     __slots__ = ("encoding", "data")

@@ -57,15 +57,21 @@ def build_parser() -> argparse.ArgumentParser:
     resume.add_argument("run", help="its run folder's name")
     status = commands_.add_parser("status", help="sites and runs")
     status.set_defaults(command=commands.show_status)
+    forget = commands_.add_parser("forget", help="let a site start a new audit log")
+    forget.set_defaults(command=commands.forget)
+    forget.add_argument("site", help="its name in the roster")
+    metrics = commands_.add_parser("metrics", help="serve Prometheus metrics of all runs")
+    metrics.set_defaults(command=commands.serve_run_metrics)
+    metrics.add_argument("--listen", default="127.0.0.1:9465", help="HOST:PORT; it has no login")
     for command in (enrol, evict, run, resume, status):
         _add(command, "--control", help="HOST:PORT of the SuperLink's Control API")
         _add(command, "--root-certificates", Path, help="authority of the SuperLink's certificate")
         command.add_argument(
             "--wait-seconds", type=float, default=60.0, help="how long the SuperLink may take"
         )
-    for command in (enrol, run):
+    for command in (enrol, run, forget):
         _add(command, "--coordinator", Path, help="folder with signing.key and the signed roster")
-    for command in (run, resume, status):
+    for command in (run, resume, status, forget, metrics):
         _add(command, "--runs", Path, help="folder of run folders")
     digest = commands_.add_parser("digest", help="digest of the app that `run` ships to sites")
     digest.set_defaults(command=commands.digest)

@@ -24,11 +24,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 from flwr.common.constant import PUBLIC_KEY_HEADER
+from flwr.common.constant import TIMESTAMP_HEADER as SENT
 
 from fedqlora.credentials import NOT_ADMITTED
 from fedqlora.followed import Followed
@@ -49,6 +51,18 @@ _LIST_ENDED = "A list in crl.pem has ended and goes on revoking: have a new one 
 _MOST_REMEMBERED = 4096  # refusals; nobody fills the memory
 
 
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """The newest call of a site that was admitted."""
+
+    time: float
+    """When it came, in seconds since 1970."""
+    sent: str
+    """When the site's clock says that it was sent (ISO 8601); empty if it does not say."""
+    until: float
+    """When the site's certificate expires, in seconds since 1970."""
+
+
 class Admission(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
     """Lets a call pass to Flower only if the newest rules of the key folder admit it."""
 
@@ -60,6 +74,18 @@ class Admission(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in
         """
         self._rules = Followed(folder, FILES, load_rules, Rules.describe, LOOK_SECONDS)
         self._quiet_until: dict[str, float] = {}
+        self.seen: dict[str, Seen] = {}
+        """The newest admitted call of each site, for the metrics."""
+
+    @property
+    def rules(self) -> Rules:
+        """The newest rules that passed the checks."""
+        return self._rules.follow()
+
+    @property
+    def failures(self) -> int:
+        """How often newer files did not pass the checks."""
+        return self._rules.failures
 
     @property
     def problem(self) -> str | None:
@@ -100,12 +126,13 @@ class Admission(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in
             for name, value in handler_call_details.invocation_metadata
             if name == PUBLIC_KEY_HEADER
         ]
+        sent = next((v for n, v in handler_call_details.invocation_metadata if n == SENT), "")
         node_key = keys[0] if len(keys) == 1 and isinstance(keys[0], bytes) else b""
         answer = handler.unary_unary
 
         def check_first(request: Any, context: grpc.ServicerContext) -> Any:
             shown: Any = context.auth_context().get("x509_pem_cert") or [b""]  # the stubs err
-            if answer is None or not self.admits(shown[0], node_key):
+            if answer is None or not self.admits(shown[0], node_key, str(sent)):
                 context.abort(grpc.StatusCode.UNAUTHENTICATED, NOT_ADMITTED)
             return answer(request, context)
 
@@ -113,8 +140,14 @@ class Admission(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in
             check_first, handler.request_deserializer, handler.response_serializer
         )
 
-    def admits(self, certificate: bytes, node_key: bytes) -> bool:
-        """Whether a call with this certificate and this SuperNode key (both PEM) may go on."""
+    def admits(self, certificate: bytes, node_key: bytes, sent: str = "") -> bool:
+        """Whether a call with this certificate and this SuperNode key (both PEM) may go on.
+
+        Args:
+            certificate: that of the connection.
+            node_key: what the call claims to be signed with.
+            sent: when it was sent by the site's clock, noted for the metrics.
+        """
         now = time.time()
         rules = self._rules.follow()
         if now > rules.lists_end:
@@ -122,8 +155,12 @@ class Admission(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in
         refused = rules.refuse(certificate, node_key, now)
         if refused is not None:
             # A site may be quicker than the last look: nobody is refused by rules of yesterday.
-            refused = self._rules.follow(at_once=True).refuse(certificate, node_key, now)
+            rules = self._rules.follow(at_once=True)
+            refused = rules.refuse(certificate, node_key, now)
         if refused is None:
+            verdict = rules.known.get(certificate)  # another thread may just have cleared it
+            if verdict is not None:
+                self.seen[verdict.site] = Seen(time=now, sent=sent, until=verdict.until)
             return True
         self._warn(
             f"Refusing the calls of site {refused.site}: {refused.reason}.", now, REPEAT_SECONDS

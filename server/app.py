@@ -2,7 +2,7 @@
 
 The SuperExec that starts this process provides, in its environment:
 
-    FEDQLORA_RUNS              folder of run folders
+    FEDQLORA_RUNS              folder of run folders and of the centre's audit log
     FEDQLORA_COORDINATOR       folder with signing.key and the signed roster
     FEDQLORA_EVALUATOR_SOCKET  socket of the evaluator, where the run wants scores
 """
@@ -15,6 +15,7 @@ import os
 import platform
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -23,7 +24,8 @@ from fedqlora import VERSION
 from fedqlora.config import RunConfig
 from fedqlora.errors import ConfigError, FedqloraError
 from fedqlora.keys import public_key
-from server.checkpoint import RunFolder
+from server.centre_log import CentreLog
+from server.checkpoint import Checkpoint, RunFolder
 from server.evaluation import Evaluator
 from server.exchange import Exchange
 from server.report import refresh_report
@@ -61,8 +63,16 @@ def main(grid: Grid, context: Context) -> None:
 def _run(folder: RunFolder, grid: Grid) -> None:
     folder.set_status("running", round=0)
     folder.write_json("versions.json", _versions())
-    config = folder.config()
     key, roster = load_roster(Path(_environment("FEDQLORA_COORDINATOR")))
+    history = CentreLog(folder.path.parent, key)
+    with history.run(folder.name, folder.config()):
+        checkpoint = _federate(folder, grid, key, roster, history)
+    folder.set_status("finished", round=checkpoint.round)
+
+
+def _federate(
+    folder: RunFolder, grid: Grid, key: Ed25519PrivateKey, roster: Roster, history: CentreLog
+) -> Checkpoint:
     newest = folder.latest()
     exchange = Exchange(
         grid,
@@ -70,11 +80,10 @@ def _run(folder: RunFolder, grid: Grid) -> None:
         {name: public_key(keys.signing) for name, keys in roster.sites.items()},
         folder.name,
         newest.issued if newest else 0,
+        history,
     )
-    evaluator = _evaluator(config, roster, exchange)
-    checkpoint = federate(folder, exchange, len(roster.sites), evaluator)
-    folder.set_status("finished", round=checkpoint.round)
-    refresh_report(folder)
+    evaluator = _evaluator(folder.config(), roster, exchange)
+    return federate(folder, exchange, len(roster.sites), evaluator)
 
 
 def _versions() -> dict[str, str]:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import argparse
 import shutil
 import signal
+import threading
 from pathlib import Path
 
+from fedqlora.address import check_port_is_free, split_address
 from fedqlora.errors import CheckpointError, ConfigError, FedqloraError
 from server import status, submit
 from server.bundle import pack
+from server.centre_log import CentreLog
 from server.checkpoint import RunFolder
 from server.comparison import compare_runs
 from server.control import ControlClient
 from server.enrolment import enrol_all, evict_site
+from server.exporter import serve_metrics
 from server.report import write_report
 from server.roster import load_roster
+from server.run_metrics import RunMetrics
 
 
 def enrol(options: argparse.Namespace) -> None:
@@ -33,6 +38,22 @@ def evict(options: argparse.Namespace) -> None:
         control.wait(options.wait_seconds)
         for line in evict_site(control, options.site):
             print(line, flush=True)
+
+
+def forget(options: argparse.Namespace) -> None:
+    """Let a site start a new audit log, once somebody knows why its old one is gone."""
+    key, _ = load_roster(options.coordinator)
+    print(CentreLog(options.runs, key).forget(options.site))
+
+
+def serve_run_metrics(options: argparse.Namespace) -> None:
+    """Serve what run folders and the audit log say, until told to stop."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    host, port = split_address(options.listen, "--listen")
+    check_port_is_free(host, port, "--listen")
+    serve_metrics(RunMetrics(options.runs), options.listen)
+    print(f"metrics of {options.runs} on {options.listen}", flush=True)
+    threading.Event().wait()
 
 
 def run(options: argparse.Namespace) -> None:

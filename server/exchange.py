@@ -30,7 +30,9 @@ from fedqlora.envelope import (
     sign,
     verify_reply,
 )
-from fedqlora.errors import EnvelopeError, FederationError, SignatureError
+from fedqlora.errors import EnvelopeError, FederationError, HistoryError, SignatureError
+from fedqlora.head import Head
+from server.centre_log import CentreLog, digest_of
 
 log = logging.getLogger("server")
 
@@ -86,6 +88,7 @@ class Exchange:
         sites: each site's public signing key, from the roster.
         run: the run's name in every envelope.
         issued: the highest issue number that this run has used before.
+        history: the centre's audit log, and what it knows of the sites' logs.
     """
 
     def __init__(
@@ -95,12 +98,14 @@ class Exchange:
         sites: Mapping[str, Ed25519PublicKey],
         run: str,
         issued: int,
+        history: CentreLog,
     ) -> None:
         self._grid = grid
         self._key = key
         self._sites = sites
         self._run = run
         self.issued = issued
+        self.history = history
 
     def nodes(self) -> set[int]:
         """Nodes that are connected now.
@@ -123,7 +128,19 @@ class Exchange:
             kind=kind,
             issued=self.issued,
             payload=payload,
+            own=self.history.head,
+            seen=self.history.newest(site),
         )
+
+    def judged(self, round_: int, site: str, outcome: str) -> None:
+        """Put on record what became of a site's answer: used, or why not."""
+        self.history.record("judged", run=self._run, round=round_, site=site, outcome=outcome)
+
+    def aggregated(self, round_: int, sites: int, adapter: bytes) -> None:
+        """Put on record what a round has made of the updates, and sign the log's head."""
+        digest = digest_of(adapter)
+        self.history.record("aggregated", run=self._run, round=round_, sites=sites, adapter=digest)
+        self.history.sign_head()
 
     def ask(
         self,
@@ -146,10 +163,11 @@ class Exchange:
             FederationError: the SuperLink is gone.
         """
         deadline = time.monotonic() + deadline_seconds
-        pending: dict[str, tuple[int, str, bytes, int]] = {}
+        pending: dict[str, tuple[int, str, bytes, int, Mapping[str, Head]]] = {}
         for node, site in addressees.items():
             envelope = self.sign(kind, site, round_, payload)
             digest = instruction_digest(envelope)
+            seen = self.history.instructed(envelope)
             array = Array(np.frombuffer(envelope, dtype=np.uint8))
             content = RecordDict({"envelope": ArrayRecord({"envelope": array})})
             message = Message(content, node, "query", ttl=deadline_seconds + 60)
@@ -160,28 +178,35 @@ class Exchange:
                     node=node, site=site, failure=LOST, reason="SuperLink refused the message"
                 )
                 continue
-            pending[identifiers[0]] = (node, site, digest, len(envelope))
+            pending[identifiers[0]] = (node, site, digest, len(envelope), seen)
             del envelope, array, content, message
         # Sent: what follows may take hours, and an adapter is large.
         del payload
         while pending:
-            for identifier, (node, site, digest, size) in list(pending.items()):
+            for identifier, (node, site, digest, size, seen) in list(pending.items()):
                 # One id at a time: a pull of all would hold all their replies in memory.
                 with _superlink():
                     messages = list(self._grid.pull_messages([identifier]))
                 for message in messages:
                     del pending[identifier]
-                    yield self._open(message, kind, node, site, digest, size)
+                    yield self._open(message, kind, node, site, digest, size, seen)
             if pending and time.monotonic() > deadline:
                 break
             if pending:
                 time.sleep(len(pending) / LOOKS_PER_SECOND)
-        for node, site, _, size in pending.values():
+        for node, site, _, size, _ in pending.values():
             reason = f"no reply within {deadline_seconds:g} s"
             yield Answer(node=node, site=site, failure=LATE, reason=reason, sent_bytes=size)
 
     def _open(
-        self, message: Message, asked: pb.Kind, node: int, site: str, digest: bytes, size: int
+        self,
+        message: Message,
+        asked: pb.Kind,
+        node: int,
+        site: str,
+        digest: bytes,
+        size: int,
+        seen: Mapping[str, Head],
     ) -> Answer:
         """Verify and parse one reply message."""
         if message.has_error():
@@ -195,11 +220,13 @@ class Exchange:
                 raise SignatureError(
                     f"no site named {signer[:40]} is in the roster; admit it first"
                 )
-            body = open_reply(
+            header, body = open_reply(
                 data, self._sites[signer], site=signer, instruction=digest, asked=asked
             )
-        except (EnvelopeError, KeyError, ValueError) as error:
-            reason = str(error) if isinstance(error, EnvelopeError) else "it is not an envelope"
+            self.history.replied(header, body, seen.get(signer, Head()), confirmed=site == signer)
+        except (EnvelopeError, HistoryError, KeyError, ValueError) as error:
+            ours = isinstance(error, EnvelopeError | HistoryError)
+            reason = str(error) if ours else "it is not an envelope"
             log.warning("reply from %s refused: %s", site, reason)
             return Answer(
                 node=node,
@@ -236,7 +263,7 @@ def _superlink() -> Iterator[None]:
 
 def open_reply(
     data: bytes, key: Ed25519PublicKey, *, site: str, instruction: bytes, asked: pb.Kind
-) -> pb.Description | pb.Update | pb.Refusal:
+) -> tuple[pb.Header, pb.Description | pb.Update | pb.Refusal]:
     """Verify a reply and parse its payload, of which no copy outlives the call.
 
     Args:
@@ -254,7 +281,7 @@ def open_reply(
     if reply.header.kind not in (expected, pb.REFUSAL):
         raise SignatureError(f"site {site} answered with another kind of reply than asked for")
     try:
-        return _BODIES[reply.header.kind].FromString(reply.payload)
+        return reply.header, _BODIES[reply.header.kind].FromString(reply.payload)
     except DecodeError:
         raise SignatureError(
             f"site {site}'s reply does not parse; bring it to our release"

@@ -117,6 +117,7 @@ def run_round(
         facts = _fold(answer, aggregator, spec, config)
         outcomes[answer.site] = facts["outcome"]
         metrics.append("site", round=round_, site=answer.site, **facts)
+        exchange.judged(round_, answer.site, facts["outcome"])
         if facts["outcome"] == "used":
             log.info("round %s: site %s's update folded in", round_, answer.site)
         else:
@@ -134,6 +135,11 @@ def run_round(
     seconds = round(time.monotonic() - started, 3)
     metrics.append("round", round=round_, sites=used, seconds=seconds, **result.figures)
     log.info("round %s: %s sites in %s s", round_, used, seconds)
+    exchange.aggregated(
+        round_,
+        used,
+        encode(result.adapter, "float32").data + encode(result.residual, "float32").data,
+    )
     return result
 
 

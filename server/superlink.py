@@ -64,6 +64,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         type=Path,
         help="file shared with the SuperExec, made if missing (default: STATE/superexec.secret)",
     )
+    parser.add_argument(
+        "--metrics",
+        help="HOST:PORT that serves Prometheus metrics without a login (default: none)",
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(arguments)
 
@@ -151,6 +155,7 @@ def run_superlink(arguments: argparse.Namespace) -> None:
     prepare_grpc()
     from fedqlora.credentials import ReloadingIdentity, serve_mutual_tls
     from server.admission import Admission
+    from server.exporter import SuperLinkMetrics, serve_metrics
 
     identities = ReloadingIdentity(arguments.certs)
     good = identities.follow()
@@ -159,6 +164,8 @@ def run_superlink(arguments: argparse.Namespace) -> None:
     control_host, control_port = split_address(arguments.control, "--control")
     check_port_is_free(fleet_host, fleet_port, "--fleet")
     check_port_is_free(control_host, control_port, "--control")
+    if arguments.metrics:
+        check_port_is_free(*split_address(arguments.metrics, "--metrics"), "--metrics")
     database = prepare_state(arguments.state)
     secret = prepare_secret(arguments.superexec_secret or database.parent / "superexec.secret")
     if control_host != "localhost" and not _is_loopback(control_host):
@@ -176,6 +183,8 @@ def run_superlink(arguments: argparse.Namespace) -> None:
     serve_mutual_tls(identities)
     admission.install()
     serve_http_from(identities)
+    if arguments.metrics:
+        serve_metrics(SuperLinkMetrics(identities, admission), arguments.metrics)
     logger.info(
         "Certificate with serial %s, valid until %s UTC.",
         good.serial,

@@ -24,6 +24,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedqlora import protocol_pb2 as pb
 from fedqlora import protocol_pb2_grpc
+from fedqlora.audit import AuditLog
 from fedqlora.config import RunConfig, validate
 from fedqlora.envelope import (
     ANY_SITE,
@@ -35,14 +36,17 @@ from fedqlora.envelope import (
     verify,
 )
 from fedqlora.errors import (
+    AuditError,
     ConfigError,
     EnvelopeError,
     FedqloraError,
+    HistoryError,
     ModelError,
     PolicyRefusal,
     SignatureError,
     UpdateError,
 )
+from fedqlora.head import Head
 from fedqlora.keys import load_public_key, load_signing_key
 
 log = logging.getLogger("fedqlora")
@@ -54,6 +58,7 @@ SAYABLE: tuple[type[FedqloraError], ...] = (
     ModelError,
     EnvelopeError,
     UpdateError,
+    HistoryError,
 )
 _INSTRUCTIONS: dict[int, type[pb.Describe] | type[pb.Train] | type[pb.Evaluate]] = {
     pb.DESCRIBE: pb.Describe,
@@ -110,6 +115,7 @@ class Service(protocol_pb2_grpc.TrainerServicer):
         state: folder that keeps the replay window.
         worker: carries out what was admitted.
         sayable: errors whose sentence is sent; of others only the code is.
+        audit: the site's log, whose head every reply carries; the evaluator keeps none.
     """
 
     def __init__(
@@ -118,11 +124,13 @@ class Service(protocol_pb2_grpc.TrainerServicer):
         state: Path,
         worker: Worker,
         sayable: tuple[type[FedqloraError], ...] = SAYABLE,
+        audit: AuditLog | None = None,
     ) -> None:
         self._identity = identity
         self._window = ReplayWindow(state)
         self._worker = worker
         self._sayable = sayable
+        self._audit = audit
         self._lock = threading.Lock()
 
     def Exchange(self, request: pb.Envelope, context: Any) -> pb.Envelope:  # noqa: ARG002, D102
@@ -144,6 +152,8 @@ class Service(protocol_pb2_grpc.TrainerServicer):
             header = instruction.header
             try:
                 self._check_addressee(header)
+                if self._audit is not None:
+                    self._audit.check(instruction.seen, "the coordinator")
                 stored = self._window.admit(instruction)
                 if stored is not None:
                     log.info(
@@ -188,13 +198,23 @@ class Service(protocol_pb2_grpc.TrainerServicer):
             sentence = str(error)
         refusal = pb.Refusal(
             code=type(error).__name__ if isinstance(error, FedqloraError) else "InternalError",
-            rule=error.rule if isinstance(error, PolicyRefusal) else "",
+            rule=error.rule if isinstance(error, FedqloraError) else "",
             sentence=sentence,
         )
         self._worker.refused(header, refusal)
         return self._sign(header, pb.REFUSAL, refusal, digest)
 
     def _sign(self, header: pb.Header, kind: pb.Kind, payload: Message, digest: bytes) -> bytes:
+        own = Head()
+        if self._audit is not None:
+            own = self._audit.head
+            try:
+                self._audit.sign_head()
+            except AuditError as error:
+                # A refusal leaves all the same: the coordinator has to learn of it.
+                if kind != pb.REFUSAL:
+                    raise
+                log.error("%s", error)
         return sign(
             self._identity.key,
             run=header.run,
@@ -204,6 +224,8 @@ class Service(protocol_pb2_grpc.TrainerServicer):
             issued=header.issued,
             payload=payload.SerializeToString(),
             replies_to=digest,
+            own=own,
+            seen=Head(header.own_number, header.own_head),
         )
 
 

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.feedback import Feedback
 from client.policy import Limits, Metrics, Models, Policy
+from client.textfile import Textfile
 from client.trainer import Trainer
 from fedqlora import protocol_pb2 as pb
 from fedqlora.adapter import AdapterSpec, check_update, initial_adapter, rank_of
@@ -24,7 +25,8 @@ from fedqlora.engine.base import base_digest
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.service import Identity, Service
 from fedqlora.engine.warm import WarmModel
-from fedqlora.envelope import instruction_digest, sign, verify_reply
+from fedqlora.envelope import NO_HEAD, instruction_digest, sign, verify_reply
+from fedqlora.head import Head, head_path, read_head
 from tests.tiny_models import save_llama, save_t5
 
 COORDINATOR = Ed25519PrivateKey.from_private_bytes(b"c" * 32)
@@ -40,17 +42,19 @@ class Site:
     policy: Policy
 
     def service(self) -> Service:
+        audit = AuditLog(self.folder / "audit.jsonl", SITE)
         trainer = Trainer(
             site="a",
             data=self.folder / "records.jsonl",
             models=self.folder / "models",
             policy=self.policy,
-            audit=AuditLog(self.folder / "audit.jsonl"),
+            audit=audit,
             feedback=Feedback(self.folder / "feedback"),
+            textfile=Textfile(self.folder / "metrics.prom", audit),
             warm=WarmModel(),
         )
         identity = Identity(name="a", key=SITE, coordinator=COORDINATOR.public_key())
-        return Service(identity, self.folder / "window", trainer)
+        return Service(identity, self.folder / "window", trainer, audit=audit)
 
     def audit(self) -> list[dict[str, Any]]:
         verify(self.folder / "audit.jsonl")
@@ -69,14 +73,19 @@ def run_config(**sections: dict[str, object]) -> RunConfig:
 
 
 def ask(
-    service: Service, kind: pb.Kind, body: Any, issued: int
+    service: Service, kind: pb.Kind, body: Any, issued: int, seen: Head = NO_HEAD
 ) -> pb.Description | pb.Update | pb.Refusal:
     """Send one signed instruction and parse the verified reply."""
-    return parse(*exchange(service, kind, body, issued))
+    return parse(*exchange(service, kind, body, issued, seen))
 
 
 def exchange(
-    service: Service, kind: pb.Kind, body: Any, issued: int, round_: int = 1
+    service: Service,
+    kind: pb.Kind,
+    body: Any,
+    issued: int,
+    seen: Head = NO_HEAD,
+    round_: int = 1,
 ) -> tuple[bytes, bytes]:
     envelope = sign(
         COORDINATOR,
@@ -86,6 +95,7 @@ def exchange(
         kind=kind,
         issued=issued,
         payload=body.SerializeToString(),
+        seen=seen,
     )
     return envelope, service.exchange(envelope)
 
@@ -340,6 +350,72 @@ def test_a_site_that_cannot_write_its_audit_log_does_not_train(site: Site) -> No
     refusal = parse(sent, data)
     assert isinstance(refusal, pb.Refusal)
     assert refusal.code == "AuditError"
+
+
+def test_a_log_without_a_line_that_the_coordinator_has_seen_refuses_to_train(site: Site) -> None:
+    service, config = site.service(), run_config()
+    train, _ = instruct(config, described(service, config))
+    assert isinstance(ask(service, pb.TRAIN, train, 2), pb.Update)
+    seen = AuditLog(site.folder / "audit.jsonl", SITE).head
+    assert isinstance(ask(service, pb.TRAIN, train, 3, seen), pb.Update)
+    # Whoever holds the disk restores what was there before that: its own chain fits.
+    log = site.folder / "audit.jsonl"
+    log.write_bytes(log.read_bytes().splitlines(keepends=True)[0])
+    head_path(log).unlink()
+    records = str(site.folder / "records.jsonl")
+    _opened.clear()
+    refusal = ask(site.service(), pb.TRAIN, train, 4, seen)
+    assert isinstance(refusal, pb.Refusal)
+    assert (refusal.code, refusal.rule) == ("HistoryError", "audit.head")
+    assert f"does not contain line {seen.number} as the coordinator" in refusal.sentence
+    assert site.audit()[-1]["rule"] == "audit.head"
+    assert records not in _opened
+
+
+def test_every_reply_carries_the_head_that_is_signed_beside_the_log(site: Site) -> None:
+    service = site.service()
+    for body, issued in ((describe(run_config()), 1), (pb.Describe(config="{"), 2)):
+        sent, data = exchange(service, pb.DESCRIBE, body, issued)
+        reply = verify_reply(
+            data, SITE.public_key(), site="a", instruction=instruction_digest(sent)
+        )
+        log = site.folder / "audit.jsonl"
+        assert reply.own == Head(issued, verify(log)[-1])
+        assert read_head(head_path(log), SITE.public_key()).head == reply.own
+
+
+def test_the_metrics_file_goes_on_over_a_restart(site: Site) -> None:
+    service, config = site.service(), run_config()
+    train, _ = instruct(config, described(service, config))
+    assert isinstance(ask(service, pb.TRAIN, train, 2), pb.Update)
+    path = site.folder / "metrics.prom"
+    before = path.read_text()
+    sent = sum(line.get("bytes_out", 0) for line in site.audit())
+    assert "fedqlora_trainer_rounds_total 1.0" in before
+    assert f"fedqlora_trainer_sent_bytes_total {float(sent)}" in before
+    assert "fedqlora_trainer_audit_head_number 3.0" in before
+    path.unlink()
+    service = site.service()
+    assert "fedqlora_trainer_rounds_total 1.0" in path.read_text()
+    ask(service, pb.DESCRIBE, describe(run_config(lora={"rank": 9})), 3)
+    assert "fedqlora_trainer_refusals_total 1.0" in path.read_text()
+
+
+def test_the_audit_log_names_digests_and_decisions_and_nothing_of_a_record(site: Site) -> None:
+    service, config = site.service(), run_config()
+    train, _ = instruct(config, described(service, config))
+    update = ask(service, pb.TRAIN, train, 2)
+    assert isinstance(update, pb.Update)
+    lines = site.audit()
+    assert lines[2]["tensors"] == hashlib.sha256(update.delta.data).hexdigest()
+    assert lines[2]["bytes_out"] == update.ByteSize()
+    assert [line.get("decision") for line in lines] == ["allowed", "allowed", None]
+    assert set().union(*lines) == {
+        *("number", "time", "event", "hash", "run", "round", "decision", "policy", "base"),
+        *("server_number", "server_hash", "bytes_out", "tensors", "figures"),
+    }
+    text = (site.folder / "audit.jsonl").read_text()
+    assert not any(word in text for word in (MARK, "records", "p1", "completion"))
 
 
 def test_an_adapter_that_is_not_this_models_is_refused(site: Site) -> None:

@@ -107,7 +107,7 @@ def test_a_sites_command_is_the_hospitals_own_but_for_its_name() -> None:
 
 def test_many_sites_get_addresses_that_do_not_overlap() -> None:
     subnets = re.findall(r"subnet: (\S+)/28", render_cluster(26))
-    assert len(set(subnets)) == len(subnets) == 2 * 26 + 1
+    assert len(set(subnets)) == len(subnets) == 2 * 26 + 2
     assert "subnet" not in render_cluster(5)
 
 

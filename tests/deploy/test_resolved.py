@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import subprocess
 from typing import Any
 
 import pytest
 
+from deploy.cluster import ROOT
 from tests.deploy.conftest import Resolve
 
 pytestmark = pytest.mark.containers
@@ -112,6 +116,7 @@ def test_the_sites_networks_are_closed_and_join_only_the_superlink(resolve: Reso
         "clientapp-a": {"supernode-a", "clientapp-a"},
         "clientapp-b": {"supernode-b", "clientapp-b"},
         "control": {"superlink", "serverapp", "enrol", "admin", "certs"},
+        "monitoring": {"superlink"},
         "published": {"superlink"},
         "outbound": {"model"},
     }
@@ -119,6 +124,27 @@ def test_the_sites_networks_are_closed_and_join_only_the_superlink(resolve: Reso
         network = resolved["networks"][name]
         assert network["internal"], name
         assert network["driver_opts"]["com.docker.network.bridge.inhibit_ipv4"] == "true", name
+
+
+def test_what_monitors_the_centre_reaches_no_control_api_and_is_published_on_loopback_only() -> (
+    None
+):
+    template = ROOT / "deploy" / "server" / "compose.yml"
+    command = ["docker", "compose", "-f", str(template), "--profile", "monitoring"]
+    done = subprocess.run(
+        [*command, "config", "--format", "json"],
+        env={key: os.environ[key] for key in ("PATH", "HOME")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    services = json.loads(done.stdout)["services"]
+    assert set(services["metrics"]["networks"]) == {"monitoring"}
+    assert set(services["prometheus"]["networks"]) == {"monitoring", "console"}
+    assert [port["host_ip"] for port in services["prometheus"]["ports"]] == ["127.0.0.1"]
+    assert "ports" not in services["metrics"]
+    (runs,) = services["metrics"]["volumes"]
+    assert runs["read_only"]
 
 
 def test_every_service_is_hardened_and_bounded(resolve: Resolve) -> None:

@@ -18,6 +18,7 @@ from certs.site import make_all
 from demo.commands import LocalSite
 from demo.processes import LocalFederation, RunResult
 from fedqlora import protocol_pb2_grpc
+from fedqlora.audit import AuditLog
 from fedqlora.config import RunConfig, validate
 from fedqlora.engine.base import base_digest
 from fedqlora.engine.service import Identity, Service, Worker
@@ -91,7 +92,10 @@ class Hospitals:
         self.federation.stop_process(f"trainer-{site}")
         identity = Identity.load(site, self.certs / "sites" / site / "current")
         state = self.scratch / f"impostor-{time.monotonic_ns()}"
-        wire = _Wire(Service(identity, state, worker))
+        # It has the site's disk too, and goes on with its audit log.
+        log = self.scratch / "processes" / f"trainer-{site}" / "audit.jsonl"
+        audit = AuditLog(log, identity.key)
+        wire = _Wire(Service(identity, state, worker, audit=audit))
         server = grpc.server(
             ThreadPoolExecutor(max_workers=2), options=[("grpc.max_receive_message_length", -1)]
         )

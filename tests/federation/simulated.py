@@ -13,9 +13,9 @@ from server.checkpoint import RunFolder
 
 
 def main(folder: Path, run: str, unreliability: float, names: list[str]) -> None:
-    """Run a run folder under FOLDER/runs; the last site is the unreliable one."""
+    """Run a run folder under FOLDER/simulated/runs; the last site is the unreliable one."""
     simulate(
-        RunFolder(folder / "runs" / run),
+        RunFolder(folder / "simulated" / "runs" / run),
         [
             SimulatedSite(
                 name=name,

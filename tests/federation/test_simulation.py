@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def new_run(folder: Path, **federation: object) -> RunFolder:
+def new_run(runs: Path, **federation: object) -> RunFolder:
     config = {
         "name": "tiny",
         "model": {"base": "tiny-llama", "compute_dtype": "float32"},
@@ -46,7 +46,7 @@ def new_run(folder: Path, **federation: object) -> RunFolder:
         "federation": {"rounds": 2, "wait_seconds": 60, "expected_sites": 3, **federation},
         "evaluation": {"enabled": True},
     }
-    return RunFolder.create(folder / "runs", validate(RunConfig, config, "test"))
+    return RunFolder.create(runs, validate(RunConfig, config, "test"))
 
 
 def simulate(folder: Path, run: RunFolder, unreliability: float = 0.0) -> str:
@@ -64,9 +64,9 @@ def simulate(folder: Path, run: RunFolder, unreliability: float = 0.0) -> str:
 def test_a_simulation_gives_the_adapter_of_the_deployed_federation_to_the_bit(
     folder: Path,
 ) -> None:
-    simulated = new_run(folder)
+    simulated = new_run(folder / "simulated" / "runs")
     simulate(folder, simulated)
-    deployed = new_run(folder)
+    deployed = new_run(folder / "runs")
     with LocalFederation(
         certs=folder / "certs",
         folder=folder / "processes",
@@ -97,7 +97,7 @@ def test_a_simulation_gives_the_adapter_of_the_deployed_federation_to_the_bit(
 
 
 def test_a_site_that_stays_away_is_named_and_the_run_goes_on(folder: Path) -> None:
-    run = new_run(folder, min_sites=2)
+    run = new_run(folder / "simulated" / "runs", min_sites=2)
     simulate(folder, run, unreliability=1.0)
     lines = Metrics(run.path / "metrics.jsonl").read()
     outcomes = {

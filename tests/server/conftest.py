@@ -14,10 +14,12 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedqlora import protocol_pb2 as pb
 from fedqlora.adapter import Adapter, AdapterSpec, lower_rank
+from fedqlora.audit import AuditLog
 from fedqlora.codec import decode, encode
 from fedqlora.config import RunConfig, validate
 from fedqlora.engine.service import Identity, Service
 from fedqlora.halves import select_trained
+from server.centre_log import CentreLog
 from server.checkpoint import RunFolder
 from server.exchange import Exchange
 
@@ -116,10 +118,14 @@ class House:
     sites: dict[str, LearningSite] = field(default_factory=dict)
     grid: FunctionGrid = field(default_factory=lambda: FunctionGrid({}))
 
-    def admit(self, name: str, site: LearningSite) -> Service:
-        """Add a site with its own key and service; its node id counts from 1."""
+    def admit(self, name: str, site: LearningSite, *, started: bool = True) -> Service:
+        """Add a site with its own key, service and audit log; its node id counts from 1."""
         identity = Identity(name=name, key=site_key(name), coordinator=COORDINATOR.public_key())
-        service = Service(identity, self.tmp_path / "state" / name, site)
+        state = self.tmp_path / "state" / name
+        audit = AuditLog(state / "audit.jsonl", identity.key)
+        if started:
+            audit.append("started")
+        service = Service(identity, state, site, audit=audit)
         self.sites[name] = site
         self.grid.nodes[len(self.grid.nodes) + 1] = service.exchange
         return service
@@ -128,7 +134,15 @@ class House:
         keys = {name: site_key(name).public_key() for name in self.sites}
         newest = self.folder.latest()
         issued = newest.issued if newest else 0
-        return Exchange(self.grid, COORDINATOR, keys, self.folder.name, issued)  # type: ignore[arg-type]
+        history = CentreLog(self.folder.path.parent, COORDINATOR)
+        return Exchange(
+            self.grid,  # type: ignore[arg-type]
+            COORDINATOR,
+            keys,
+            self.folder.name,
+            issued,
+            history,
+        )
 
 
 def run_config(
