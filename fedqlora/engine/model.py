@@ -47,6 +47,7 @@ class BaseModel:
         device: where it computes.
         compute_dtype: what matrices are multiplied in.
         packs: filled by the first batch: whether packed examples stay apart (batch.py).
+        separable: set by dp.py once examples' gradients were seen to be told apart exactly.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class BaseModel:
         self.device = device
         self.compute_dtype = compute_dtype
         self.packs: bool | None = None
+        self.separable = False
         self._tensors = _adapter_tensors(model)
         self._given = {
             name: value.copy()
