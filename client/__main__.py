@@ -1,4 +1,8 @@
-"""Help for a hospital's administrator: `python -m client fetch|digest --models FOLDER NAME`."""
+"""Help for a hospital's administrator: base models, and the ledger of privacy spent.
+
+python -m client fetch|digest --models FOLDER NAME
+python -m client ledger init --site NAME --state FOLDER
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import sys
 from pathlib import Path
 
 from client.fetch import fetch
+from client.ledger import Ledger
 from fedqlora.engine.base import base_digest, resolve_base
 from fedqlora.errors import FedqloraError
 
@@ -21,10 +26,18 @@ def main(arguments: list[str] | None = None) -> int:
     download.add_argument("base", help="hub id, such as google/flan-t5-base")
     for command in (digest, download):
         command.add_argument("--models", type=Path, required=True, help="folder of base models")
+    ledger = commands.add_parser("ledger", help="the record of the privacy that patients spent")
+    ledger.add_argument("action", choices=["init"], help="make it, on a site's first start only")
+    ledger.add_argument("--site", required=True, help="the site's name")
+    ledger.add_argument("--state", type=Path, required=True, help="the trainer's state folder")
     options = parser.parse_args(arguments)
     try:
         if options.command == "digest":
             print(base_digest(resolve_base(options.base, options.models)))
+        elif options.command == "ledger":
+            path = options.state / "ledger.jsonl"
+            Ledger.create(path, options.site, options.state / "audit.jsonl")
+            print(f"made {path}; back it up with the site's keys")
         else:
             _fetch(options.base, options.models)
     except FedqloraError as error:

@@ -11,10 +11,13 @@ import argparse
 import importlib.metadata
 import logging
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from client.budget import Budget
+from client.ledger import Ledger, Plan
 from client.policy import Policy, check, load_policy
 from fedqlora import protocol_pb2 as pb
 from fedqlora.audit import AuditLog
@@ -23,6 +26,7 @@ from fedqlora.config import DataConfig, RunConfig
 from fedqlora.engine.base import resolve_base
 from fedqlora.engine.data import Tokenized, load_records, split_records, tokenize
 from fedqlora.engine.device import add_device_options, choose_device
+from fedqlora.engine.dp import Unit, check_exactness, group_units, train_privately
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.service import Identity, Service, serve
 from fedqlora.engine.train import mean_loss, train
@@ -36,6 +40,15 @@ _SOFTWARE = ("bitsandbytes", "peft", "torch", "transformers")
 MIN_EXAMPLES = 8
 
 
+@dataclass(frozen=True)
+class _Examples:
+    """A site's examples, and whose each training example is."""
+
+    training: list[Tokenized]
+    validation: list[Tokenized]
+    patients: list[str]
+
+
 class Trainer:
     """Carries out what the policy allows.
 
@@ -45,6 +58,7 @@ class Trainer:
         models: folder of base models, never written.
         policy: the site's rules.
         audit: the site's log; what cannot be logged is not done.
+        budget: the privacy that the site's patients have spent and may spend.
         device: where it trains; None takes a GPU where there is one.
     """
 
@@ -56,6 +70,7 @@ class Trainer:
         models: Path,
         policy: Policy,
         audit: AuditLog,
+        budget: Budget,
         device: torch.device | None = None,
     ) -> None:
         self._site = site
@@ -63,8 +78,9 @@ class Trainer:
         self._models = models
         self._policy = policy
         self._audit = audit
+        self._budget = budget
         self._warm = WarmModel(device)
-        self._examples: tuple[object, list[Tokenized], list[Tokenized]] | None = None
+        self._examples: tuple[object, _Examples] | None = None
 
     def perform(
         self, header: pb.Header, config: RunConfig, body: pb.Describe | pb.Train | pb.Evaluate
@@ -75,17 +91,36 @@ class Trainer:
             PolicyRefusal: the policy forbids it; no record was read.
             FedqloraError: model, data or adapter cannot be used.
         """
+        if isinstance(body, pb.Evaluate):
+            raise PolicyRefusal("evaluate", "a site describes and trains only; ask the evaluator")
         folder = resolve_base(config.model.base, self._models)
         digest = self._warm.digest(folder)
         check(self._policy, config, header.round, digest)
+        ledger = None
+        if config.privacy.unit != "none":
+            ledger = self._budget.open(body.ledger_heads)
+            self._budget.check(ledger, config, header.run)
         base = self._warm.get(folder, config.model, config.lora)
-        training, validation = self._records(base, digest, config)
-        if isinstance(body, pb.Describe):
+        data = self._read_once(base, digest, config)
+        if ledger is None:
+            if isinstance(body, pb.Train):
+                return self._train(header, config, body, base, data.training, data.validation)
             self._record("described", header)
             return _describe(base, digest)
+        units = group_units(
+            data.training,
+            data.patients,
+            config.privacy.unit,
+            config.privacy.max_examples_per_patient,
+        )
+        plan = self._budget.plan(ledger, config, header.run, len(units))
         if isinstance(body, pb.Train):
-            return self._train(header, config, body, base, training, validation)
-        raise PolicyRefusal("evaluate", "a site describes and trains only; ask the evaluator")
+            return self._train_privately(header, config, body, base, digest, ledger, plan, units)
+        check_exactness(base, config.training)
+        self._record("described", header, ledger_head=ledger.head)
+        description = _describe(base, digest)
+        description.ledger_head = ledger.head
+        return description
 
     def refused(self, header: pb.Header, refusal: pb.Refusal) -> None:
         """Write a refusal to the audit log; it stays one where that cannot be written."""
@@ -141,18 +176,48 @@ class Trainer:
         )
         return update
 
-    def _records(
-        self, base: BaseModel, digest: str, config: RunConfig
-    ) -> tuple[list[Tokenized], list[Tokenized]]:
-        """Training and validation examples, read and tokenized once per configuration."""
+    def _train_privately(
+        self,
+        header: pb.Header,
+        config: RunConfig,
+        body: pb.Train,
+        base: BaseModel,
+        digest: str,
+        ledger: Ledger,
+        plan: Plan,
+        units: list[Unit],
+    ) -> pb.Update:
+        """One private round: no count, loss or time of it leaves, and it is charged first."""
+        self._record("training", header)
+        log.info("round %s of run %s: training", header.round, header.run)
+        result = train_privately(
+            base,
+            decode(body.adapter),
+            units,
+            config.training,
+            clip_norm=config.privacy.clip_norm,
+            noise_multiplier=plan.noise_multiplier,
+            sampling_rate=plan.sampling_rate,
+            round_=header.round,
+            rounds=config.federation.rounds,
+        )
+        update = pb.Update(delta=encode(result.delta, config.codec.update))
+        update.receipt = self._budget.charge(
+            ledger, plan, config, header, digest, update.delta.data
+        )
+        update.ledger_head = ledger.head
+        self._record("trained", header, bytes_out=update.ByteSize(), ledger_head=update.ledger_head)
+        log.info("round %s: %s private steps", header.round, config.training.steps)
+        return update
+
+    def _read_once(self, base: BaseModel, digest: str, config: RunConfig) -> _Examples:
+        """The site's examples, read and tokenized once per configuration."""
         key = (digest, config.data, config.training.max_length, config.seed)
         if self._examples is None or self._examples[0] != key:
-            self._examples = (key, *self._read(base, config.data, config))
-        return self._examples[1], self._examples[2]
+            self._examples = (key, self._read(base, config.data, config))
+        return self._examples[1]
 
-    def _read(
-        self, base: BaseModel, data: DataConfig, config: RunConfig
-    ) -> tuple[list[Tokenized], list[Tokenized]]:
+    def _read(self, base: BaseModel, data: DataConfig, config: RunConfig) -> _Examples:
         records = load_records(self._data)
         parts = split_records(records, data.validation_fraction, config.seed)
         training, validation = (
@@ -164,7 +229,7 @@ class Trainer:
                 f"site {self._site} has {len(training)} training records and needs at least "
                 f"{MIN_EXAMPLES}; add records or lower data.validation_fraction"
             )
-        return training, validation
+        return _Examples(training, validation, [record.patient for record in parts[0]])
 
     def _record(self, event: str, header: pb.Header, **facts: str | int) -> None:
         self._audit.append(event, run=header.run, round=header.round, **facts)
@@ -191,7 +256,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--keys", required=True, type=Path, help="folder with signing.key and coordinator.pub"
     )
-    parser.add_argument("--state", required=True, type=Path, help="replay window and audit log")
+    parser.add_argument(
+        "--state", required=True, type=Path, help="replay window, audit log, ledger"
+    )
     parser.add_argument("--socket", required=True, type=Path, help="unix socket to serve on")
     add_device_options(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -199,12 +266,14 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
         identity = Identity.load(options.site, options.keys)
+        policy = load_policy(options.policy)
         trainer = Trainer(
             site=options.site,
             data=options.data,
             models=options.models,
-            policy=load_policy(options.policy),
+            policy=policy,
             audit=AuditLog(options.state / "audit.jsonl"),
+            budget=Budget(options.site, options.state, policy, identity.key),
             device=choose_device(options.device, options.memory_fraction),
         )
         serve(Service(identity, options.state / "window", trainer), options.socket)

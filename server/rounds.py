@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from server.evaluation import Evaluator
 from server.exchange import INVALID, Answer, Exchange
 from server.metrics import Metrics
 from server.peft_format import write_adapter
+from server.receipts import Receipts
 from server.sites import Described, Sites
 
 log = logging.getLogger("server")
@@ -47,7 +49,8 @@ def federate(
     metrics = Metrics(folder.path / "metrics.jsonl")
     checkpoint = folder.latest()
     metrics.forget_after(checkpoint.round if checkpoint else -1)
-    sites = Sites(config, exchange, metrics, registered, _agreed(checkpoint))
+    receipts = Receipts(folder.path)
+    sites = Sites(config, exchange, metrics, registered, _agreed(checkpoint), receipts)
     sites.gather()
     if checkpoint is None:
         checkpoint = _start(config, sites, exchange)
@@ -89,9 +92,10 @@ def run_round(
         addressees,
         pb.TRAIN,
         round_,
-        _instruct(config, adapter),
+        _instruct(config, adapter, sites.receipts.heads()),
         config.federation.round_deadline_seconds,
     ):
+        sites.receipts.keep(answer.site, answer.message)
         facts = _fold(answer, aggregator, spec, config)
         outcomes[answer.site] = facts["outcome"]
         metrics.append("site", round=round_, site=answer.site, **facts)
@@ -114,9 +118,13 @@ def run_round(
     return aggregator.finish()
 
 
-def _instruct(config: RunConfig, adapter: Adapter) -> bytes:
+def _instruct(config: RunConfig, adapter: Adapter, ledger_heads: Mapping[str, str]) -> bytes:
     """The payload of a training instruction, the same for every site."""
-    train = pb.Train(config=config.model_dump_json(), adapter=encode(adapter, "float32"))
+    train = pb.Train(
+        config=config.model_dump_json(),
+        adapter=encode(adapter, "float32"),
+        ledger_heads=ledger_heads,
+    )
     return train.SerializeToString()
 
 

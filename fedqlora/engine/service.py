@@ -40,6 +40,7 @@ from fedqlora.errors import (
     FedqloraError,
     ModelError,
     PolicyRefusal,
+    PrivacyError,
     SignatureError,
     UpdateError,
 )
@@ -50,6 +51,7 @@ log = logging.getLogger("fedqlora")
 # Only these speak of the coordinator's own inputs, so only their sentences may leave a site.
 SAYABLE: tuple[type[FedqloraError], ...] = (
     PolicyRefusal,
+    PrivacyError,
     ConfigError,
     ModelError,
     EnvelopeError,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from client.budget import Budget
 from client.policy import Limits, Metrics, Models, Policy
 from client.trainer import Trainer
 from fedqlora import protocol_pb2 as pb
@@ -44,6 +45,7 @@ class Site:
             models=self.folder / "models",
             policy=self.policy,
             audit=AuditLog(self.folder / "audit.jsonl"),
+            budget=Budget("a", self.folder, self.policy, SITE),
         )
         identity = Identity(name="a", key=SITE, coordinator=COORDINATOR.public_key())
         return Service(identity, self.folder / "window", trainer)
