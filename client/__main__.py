@@ -7,6 +7,7 @@ python -m client status --state FOLDER --keys FOLDER    last round, bytes, certi
 python -m client audit --state FOLDER                   verifies the audit log
 python -m client idle --state FOLDER                    status 3 while a round goes on
 python -m client reach --keys FOLDER --superlink HOST:PORT    keys, admission and clocks
+python -m client ledger init --site NAME --state FOLDER --keys FOLDER    of privacy spent
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import sys
 from pathlib import Path
 
 from client.fetch import fetch
+from client.ledger import Ledger
 from client.standing import list_standing, read_standing
 from fedqlora.address import split_address
 from fedqlora.engine.base import base_digest, resolve_base
 from fedqlora.errors import DataError, FederationError, FedqloraError
+from fedqlora.keys import load_signing_key
 from fedqlora.tls import prepare_grpc
 
 QUIET_SECONDS = 2.0
@@ -54,6 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
     reach.add_argument("--keys", type=Path, required=True, help="the SuperNode's keys")
     for command in (status, audit, idle):
         command.add_argument("--state", type=Path, required=True, help="the trainer's folder")
+    ledger = commands.add_parser("ledger", help="the record of the privacy that patients spent")
+    ledger.add_argument("action", choices=["init"], help="make it, on a site's first start only")
+    ledger.add_argument("--site", required=True, help="the site's name")
+    ledger.add_argument("--state", type=Path, required=True, help="the trainer's state folder")
+    ledger.add_argument("--keys", type=Path, required=True, help="folder with signing.key")
     options = parser.parse_args(arguments)
     try:
         return _carry_out(options)
@@ -77,6 +85,11 @@ def _carry_out(options: argparse.Namespace) -> int:
         text, usable = report(options.data)
         print(text)
         return 0 if usable else DataError.exit_code
+    elif options.command == "ledger":
+        path = options.state / "ledger.jsonl"
+        key = load_signing_key(options.keys / "signing.key")
+        Ledger.create(path, options.site, options.state / "audit.jsonl", key)
+        print(f"made {path}; back it up with the site's keys")
     elif options.command == "reach":
         _reach(options.keys, options.superlink)
     else:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedqlora.config import RunConfig, Section, TrainingConfig, read_toml, validate
 from fedqlora.errors import PolicyRefusal
@@ -55,6 +55,26 @@ class Metrics(Section):
     """Names out of: examples, tokens, train_loss, validation_loss, step_seconds."""
 
 
+class Privacy(Section):
+    """What every run must promise about this site's patients."""
+
+    unit: Literal["none", "example", "patient"] = "none"
+    """The weakest unit that is accepted; `patient` is the strongest, `none` asks for nothing."""
+    epsilon: float | None = Field(default=None, gt=0)
+    """Most that one cohort gives away, at `delta`, over all runs ever; none: no limit."""
+    delta: float | None = Field(default=None, gt=0, lt=1)
+    """Largest delta of a run, and the one at which the cohort's epsilon is counted."""
+    cohort: str = Field(default="all", pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")
+    """Name of the patients whose records lie in the trainer's data folder. Another name starts
+    another account, so it is changed only for other patients."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Privacy:
+        if self.epsilon is not None and (self.delta is None or self.unit == "none"):
+            raise ValueError("epsilon means nothing without delta and unit; set all three")
+        return self
+
+
 class Policy(Section):
     """All rules of one site; a rule's name is its dotted key."""
 
@@ -65,6 +85,7 @@ class Policy(Section):
     peers: Mapping[str, Fingerprint] = Field(default_factory=dict)
     """The other sites that count, with their signing keys' fingerprints as the hospitals have
     compared them: the roster alone adds no peer (client/peers.py)."""
+    privacy: Privacy = Privacy()
 
 
 def load_policy(path: Path) -> Policy:
@@ -119,6 +140,7 @@ def check(policy: Policy, config: RunConfig, round_: int, base_digest: str) -> N
             raise PolicyRefusal(
                 rule, f"the site's policy allows {most}, the run asks for {wanted} ({rule})"
             )
+    _check_promise(policy.privacy, config)
     weighting = config.aggregation.weighting
     if weighting != "uniform" and weighting not in policy.metrics.allowed:
         raise PolicyRefusal(
@@ -126,3 +148,25 @@ def check(policy: Policy, config: RunConfig, round_: int, base_digest: str) -> N
             f"the run weights sites by {weighting}, which the site's policy does not let out; "
             'set aggregation.weighting = "uniform" (metrics.allowed)',
         )
+
+
+_STRENGTH = {"none": 0, "example": 1, "patient": 2}
+
+
+def _check_promise(privacy: Privacy, config: RunConfig) -> None:
+    """Refuse a weaker promise than the policy's; what was spent before is budget.py's."""
+    asked = config.privacy
+    if _STRENGTH[asked.unit] < _STRENGTH[privacy.unit]:
+        raise PolicyRefusal(
+            "privacy.unit",
+            f'the site\'s policy asks for privacy.unit = "{privacy.unit}", the run has '
+            f'"{asked.unit}" (privacy.unit)',
+        )
+    for rule, wanted, most in (
+        ("privacy.epsilon", asked.epsilon, privacy.epsilon),
+        ("privacy.delta", asked.delta, privacy.delta),
+    ):
+        if wanted is not None and most is not None and wanted > most:
+            raise PolicyRefusal(
+                rule, f"the site's policy allows {most:g}, the run asks for {wanted:g} ({rule})"
+            )

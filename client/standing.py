@@ -65,7 +65,7 @@ def read_standing(log: Path, now: datetime.datetime) -> Standing:
         head=head,
         trained=_name(trained[-1]) if trained else None,
         bytes_sent=sum(sent),
-        updates=len(sent),
+        updates=len(trained),
         refused=sum(event["event"] == "refused" for event in events),
         training=last is not None and last["event"] == "training",
         quiet_seconds=now.timestamp() - last["time"] if last else float("inf"),

@@ -15,9 +15,12 @@ import math
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+from client.budget import Budget
 from client.feedback import Feedback
+from client.ledger import Ledger, Plan
 from client.peers import load_peers
 from client.policy import Policy, check, load_policy, own_training, training_rank
 from client.textfile import Textfile
@@ -30,6 +33,7 @@ from fedqlora.config import DataConfig, RunConfig
 from fedqlora.engine.base import resolve_base
 from fedqlora.engine.data import Tokenized, load_records, split_records, tokenize
 from fedqlora.engine.device import add_device_options, choose_device
+from fedqlora.engine.dp import Unit, check_exactness, group_units, train_privately
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.service import Identity, Service, serve
 from fedqlora.engine.train import mean_loss, train
@@ -49,6 +53,15 @@ SIGN_SECONDS = 12 * 3600.0
 _RUN_LENGTH = 100
 
 
+@dataclass(frozen=True)
+class _Examples:
+    """A site's examples, and whose each training example is."""
+
+    training: list[Tokenized]
+    validation: list[Tokenized]
+    patients: list[str]
+
+
 class Trainer:
     """Carries out what the policy allows.
 
@@ -60,6 +73,7 @@ class Trainer:
         audit: the site's log; what cannot be logged is not done.
         feedback: what lossy encodings left out of the site's updates.
         textfile: metrics for the hospital's own monitoring.
+        budget: the privacy that the site's patients have spent and may spend.
         warm: where the base model stays loaded.
     """
 
@@ -73,6 +87,7 @@ class Trainer:
         audit: AuditLog,
         feedback: Feedback,
         textfile: Textfile,
+        budget: Budget,
         warm: WarmModel,
     ) -> None:
         self._site = site
@@ -82,8 +97,9 @@ class Trainer:
         self._audit = audit
         self._feedback = feedback
         self._textfile = textfile
+        self._budget = budget
         self._warm = warm
-        self._examples: tuple[object, list[Tokenized], list[Tokenized]] | None = None
+        self._examples: tuple[object, _Examples] | None = None
 
     def perform(
         self, header: pb.Header, config: RunConfig, body: pb.Describe | pb.Train | pb.Evaluate
@@ -94,26 +110,34 @@ class Trainer:
             PolicyRefusal: the policy forbids it; no record was read.
             FedqloraError: model, data or adapter cannot be used.
         """
+        if isinstance(body, pb.Evaluate):
+            raise PolicyRefusal("evaluate", "a site describes and trains only; ask the evaluator")
         folder = resolve_base(config.model.base, self._models)
         digest = self._warm.digest(folder)
         check(self._policy, config, header.round, digest)
+        if isinstance(body, pb.Evaluate):
+            raise PolicyRefusal("evaluate", "a site describes and trains only; ask the evaluator")
+        ledger = None
+        if config.privacy.unit != "none":
+            ledger = self._budget.open(body.ledger_heads)
+            self._budget.check(ledger, config, header.run)
         lora = config.lora.at_rank(training_rank(self._policy, config))
         base = self._warm.get(folder, config.model, lora)
-        training, validation = self._records(base, digest, config)
-        if isinstance(body, pb.Describe):
-            described = _describe(base, digest, config.lora.rank)
-            self._record(
-                "described",
-                header,
-                base=digest,
-                bytes_out=described.ByteSize(),
-                tensors=_sha256(described.given.data),
-                **self._allowed(header),
-            )
-            return described
+        data = self._read_once(base, digest, config)
+        if ledger is None:
+            if isinstance(body, pb.Train):
+                return self._train(header, config, body, base, data.training, data.validation)
+            return self._describe(header, config, base, digest, None)
+        units = group_units(
+            data.training,
+            data.patients,
+            config.privacy.unit,
+            config.privacy.max_examples_per_patient,
+        )
+        plan = self._budget.plan(ledger, config, header.run, len(units))
         if isinstance(body, pb.Train):
-            return self._train(header, config, body, base, training, validation)
-        raise PolicyRefusal("evaluate", "a site describes and trains only; ask the evaluator")
+            return self._train_privately(header, config, body, base, digest, ledger, plan, units)
+        return self._describe(header, config, base, digest, ledger)
 
     def refused(self, header: pb.Header, refusal: pb.Refusal) -> None:
         """Write a refusal to the audit log; it stays one where that cannot be written."""
@@ -197,18 +221,84 @@ class Trainer:
             return adapter, residual
         return lower_rank(adapter, residual, rank, config.lora.scale)
 
-    def _records(
-        self, base: BaseModel, digest: str, config: RunConfig
-    ) -> tuple[list[Tokenized], list[Tokenized]]:
-        """Training and validation examples, read and tokenized once per configuration."""
+    def _train_privately(
+        self,
+        header: pb.Header,
+        config: RunConfig,
+        body: pb.Train,
+        base: BaseModel,
+        digest: str,
+        ledger: Ledger,
+        plan: Plan,
+        units: list[Unit],
+    ) -> pb.Update:
+        """One private round: no count, loss or time of it leaves, and it is charged first."""
+        self._record("training", header, **self._allowed(header))
+        log.info("round %s of run %s: training", header.round, header.run)
+        result = train_privately(
+            base,
+            decode(body.adapter),
+            units,
+            config.training,
+            clip_norm=config.privacy.clip_norm,
+            noise_multiplier=plan.noise_multiplier,
+            sampling_rate=plan.sampling_rate,
+            round_=header.round,
+            rounds=config.federation.rounds,
+        )
+        update = pb.Update(
+            delta=self._feedback.encode(
+                result.delta, config.codec, run=header.run, round_=header.round
+            )
+        )
+        update.receipt = self._budget.charge(
+            ledger, plan, config, header, digest, update.delta.data
+        )
+        update.ledger_head = ledger.head
+        self._record(
+            "trained",
+            header,
+            bytes_out=update.ByteSize(),
+            tensors=_sha256(update.delta.data),
+            ledger_head=ledger.head,
+        )
+        log.info("round %s: %s private steps", header.round, config.training.steps)
+        return update
+
+    def _describe(
+        self,
+        header: pb.Header,
+        config: RunConfig,
+        base: BaseModel,
+        digest: str,
+        ledger: Ledger | None,
+    ) -> pb.Description:
+        """Round 0: what this site would train, and where its ledger stands in a private run."""
+        described = _describe(base, digest, config.lora.rank)
+        facts = {}
+        if ledger is not None:
+            check_exactness(base, config.training)
+            described.ledger_head = ledger.head
+            facts["ledger_head"] = ledger.head
+        self._record(
+            "described",
+            header,
+            base=digest,
+            bytes_out=described.ByteSize(),
+            tensors=_sha256(described.given.data),
+            **facts,
+            **self._allowed(header),
+        )
+        return described
+
+    def _read_once(self, base: BaseModel, digest: str, config: RunConfig) -> _Examples:
+        """The site's examples, read and tokenized once per configuration."""
         key = (digest, config.data, config.training.max_length, config.seed)
         if self._examples is None or self._examples[0] != key:
-            self._examples = (key, *self._read(base, config.data, config))
-        return self._examples[1], self._examples[2]
+            self._examples = (key, self._read(base, config.data, config))
+        return self._examples[1]
 
-    def _read(
-        self, base: BaseModel, data: DataConfig, config: RunConfig
-    ) -> tuple[list[Tokenized], list[Tokenized]]:
+    def _read(self, base: BaseModel, data: DataConfig, config: RunConfig) -> _Examples:
         records = load_records(self._data)
         parts = split_records(records, data.validation_fraction, config.seed)
         training, validation = (
@@ -220,7 +310,7 @@ class Trainer:
                 f"site {self._site} has {len(training)} training records and needs at least "
                 f"{MIN_EXAMPLES}; add records or lower data.validation_fraction"
             )
-        return training, validation
+        return _Examples(training, validation, [record.patient for record in parts[0]])
 
     def _allowed(self, header: pb.Header) -> dict[str, str | int]:
         """The policy's decision, and the coordinator's own log as it says it stands."""
@@ -287,6 +377,7 @@ def main(arguments: list[str] | None = None) -> int:
             audit=audit,
             feedback=Feedback(options.state / "feedback"),
             textfile=Textfile(options.state / "metrics.prom", audit),
+            budget=Budget(options.site, options.state, policy, identity.key),
             warm=WarmModel(choose_device(options.device, options.memory_fraction)),
         )
         audit.append("started", release=VERSION)

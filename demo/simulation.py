@@ -24,6 +24,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from client.app import reply_with, unwrap
+from client.budget import Budget
 from client.feedback import Feedback
 from client.policy import load_policy
 from client.textfile import Textfile
@@ -195,14 +196,16 @@ def answer(site: SimulatedSite, models: Path, envelope: bytes) -> bytes:
         raise RuntimeError("the site's trainer does not answer")
     identity = Identity.load(site.name, site.keys)
     audit = AuditLog(site.state / "audit.jsonl", identity.key)
+    policy = load_policy(site.policy)
     trainer = Trainer(
         site=site.name,
         data=site.data,
         models=models,
-        policy=load_policy(site.policy),
+        policy=policy,
         audit=audit,
         feedback=Feedback(site.state / "feedback"),
         textfile=Textfile(site.state / "metrics.prom", audit),
+        budget=Budget(site.name, site.state, policy, identity.key),
         warm=_warm_model(),
     )
     return Service(identity, site.state / "window", trainer, audit=audit).exchange(envelope)

@@ -63,5 +63,15 @@ COMBINATIONS = (
         "this codec.update does not say at which rank a site trained, as lora.mixed_ranks needs; "
         'set codec.update = "bfloat16"',
     ),
+    Combination(
+        lambda run: run.privacy.unit != "none" and run.aggregation.method != "fedavg",
+        "privacy.unit needs per-example gradients of all that a round trains, which are there for "
+        'plain A and B only; set aggregation.method = "fedavg"',
+    ),
+    Combination(
+        lambda run: run.privacy.unit != "none" and run.training.fewer_steps,
+        "privacy.unit fixes the steps of the whole run before it starts, and training.fewer_steps "
+        "would leave them to each site; set training.fewer_steps = false",
+    ),
 )
 """All combinations that a run's configuration refuses; a test has one case for each."""

@@ -153,6 +153,22 @@ class AggregationConfig(Section):
     """An update whose L2 norm over all tensors exceeds this is refused."""
 
 
+class PrivacyConfig(Section):
+    """What each site promises about one unit of its data over the whole run (DP-SGD)."""
+
+    unit: Literal["none", "example", "patient"] = "none"
+    """Whose presence is hidden: `patient` all of one patient's examples together, `example` each
+    one by itself; `none` promises nothing."""
+    epsilon: float | None = Field(default=None, gt=0)
+    """The promise over all rounds; each site works its noise out from it before it starts."""
+    delta: float | None = Field(default=None, gt=0, lt=1)
+    """Probability with which the promise may fail; without it 1/(n ln n) for a site's n units."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """Largest L2 norm, over all trainable tensors, of what one unit adds to a step."""
+    max_examples_per_patient: int = Field(default=8, ge=1)
+    """Of each patient the first so many examples are used; unit `example` uses all."""
+
+
 class CodecConfig(Section):
     """How adapters travel. The server always sends float32."""
 
@@ -197,6 +213,36 @@ class RunConfig(Section):
     aggregation: AggregationConfig = AggregationConfig()
     codec: CodecConfig = CodecConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+
+    @model_validator(mode="after")
+    def _private(self) -> RunConfig:
+        """Refuse what would break a promise of privacy, or could not be exact."""
+        if self.privacy.unit == "none":
+            return self
+        if self.privacy.epsilon is None:
+            raise ValueError("privacy.unit needs privacy.epsilon; set it")
+        if self.training.packing:
+            raise ValueError(
+                "packing lays several patients into one row, whose gradients cannot be told "
+                "apart; set training.packing = false"
+            )
+        if self.aggregation.weighting != "uniform":
+            raise ValueError(
+                f"weighting by {self.aggregation.weighting} releases an exact count of private "
+                'data; set aggregation.weighting = "uniform"'
+            )
+        if self.data.validation_fraction > 0:
+            raise ValueError(
+                "one patient more can move another between training and validation, and an exact "
+                "validation loss may not leave; set data.validation_fraction = 0"
+            )
+        if self.lora.dora:
+            raise ValueError(
+                "per-patient gradients of DoRA's magnitudes are not supported; set "
+                "lora.dora = false"
+            )
+        return self
 
     @property
     def residual_rank(self) -> int:

@@ -8,6 +8,9 @@
     │   ├── SignatureError   wrong key, wrong addressee or altered bytes
     │   ├── ReplayError      older than the newest instruction of its run
     │   └── VersionError     the two sides speak different protocol versions
+    ├── PrivacyError         a promise of privacy cannot be kept with this model, data or run
+    ├── LedgerError          the record of privacy spent is lost, damaged, old or another site's
+    ├── ReceiptError         a receipt's signature or epsilon does not hold
     ├── PolicyRefusal        the site's policy forbids it; `rule` names the rule
     ├── UpdateError          a site's update has a wrong name, shape, range or digest
     ├── AuditError           an audit log cannot be written, or its chain is broken
@@ -58,6 +61,18 @@ class ReplayError(EnvelopeError):
 
 class VersionError(EnvelopeError):
     """The two sides speak different versions of the protocol."""
+
+
+class PrivacyError(FedqloraError):
+    """A promise of privacy cannot be kept: an epsilon, a layer or a batch rules it out."""
+
+
+class LedgerError(FedqloraError):
+    """The ledger of privacy spent cannot be used; without it nothing is trained privately."""
+
+
+class ReceiptError(FedqloraError):
+    """A receipt's signature, chain or epsilon does not hold."""
 
 
 class PolicyRefusal(FedqloraError):

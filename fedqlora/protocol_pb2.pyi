@@ -73,20 +73,38 @@ class Tensors(_message.Message):
     def __init__(self, encoding: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Describe(_message.Message):
-    __slots__ = ("config",)
+    __slots__ = ("config", "ledger_heads")
+    class LedgerHeadsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     CONFIG_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_HEADS_FIELD_NUMBER: _ClassVar[int]
     config: str
-    def __init__(self, config: _Optional[str] = ...) -> None: ...
+    ledger_heads: _containers.ScalarMap[str, str]
+    def __init__(self, config: _Optional[str] = ..., ledger_heads: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Train(_message.Message):
-    __slots__ = ("config", "adapter", "residual")
+    __slots__ = ("config", "adapter", "residual", "ledger_heads")
+    class LedgerHeadsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     RESIDUAL_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_HEADS_FIELD_NUMBER: _ClassVar[int]
     config: str
     adapter: Tensors
     residual: Tensors
-    def __init__(self, config: _Optional[str] = ..., adapter: _Optional[_Union[Tensors, _Mapping]] = ..., residual: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
+    ledger_heads: _containers.ScalarMap[str, str]
+    def __init__(self, config: _Optional[str] = ..., adapter: _Optional[_Union[Tensors, _Mapping]] = ..., residual: _Optional[_Union[Tensors, _Mapping]] = ..., ledger_heads: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Evaluate(_message.Message):
     __slots__ = ("config", "adapter", "residual")
@@ -107,7 +125,7 @@ class TensorShape(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("base_digest", "family", "tensors", "given", "software")
+    __slots__ = ("base_digest", "family", "tensors", "given", "software", "ledger_head")
     class SoftwareEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -120,15 +138,17 @@ class Description(_message.Message):
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     GIVEN_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_HEAD_FIELD_NUMBER: _ClassVar[int]
     base_digest: str
     family: str
     tensors: _containers.RepeatedCompositeFieldContainer[TensorShape]
     given: Tensors
     software: _containers.ScalarMap[str, str]
-    def __init__(self, base_digest: _Optional[str] = ..., family: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[TensorShape, _Mapping]]] = ..., given: _Optional[_Union[Tensors, _Mapping]] = ..., software: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    ledger_head: str
+    def __init__(self, base_digest: _Optional[str] = ..., family: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[TensorShape, _Mapping]]] = ..., given: _Optional[_Union[Tensors, _Mapping]] = ..., software: _Optional[_Mapping[str, str]] = ..., ledger_head: _Optional[str] = ...) -> None: ...
 
 class Update(_message.Message):
-    __slots__ = ("delta", "examples", "tokens", "metrics")
+    __slots__ = ("delta", "examples", "tokens", "metrics", "ledger_head", "receipt")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -140,11 +160,15 @@ class Update(_message.Message):
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_HEAD_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
     delta: Tensors
     examples: int
     tokens: int
     metrics: _containers.ScalarMap[str, float]
-    def __init__(self, delta: _Optional[_Union[Tensors, _Mapping]] = ..., examples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    ledger_head: str
+    receipt: bytes
+    def __init__(self, delta: _Optional[_Union[Tensors, _Mapping]] = ..., examples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., ledger_head: _Optional[str] = ..., receipt: _Optional[bytes] = ...) -> None: ...
 
 class Scores(_message.Message):
     __slots__ = ("values",)

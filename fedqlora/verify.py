@@ -1,5 +1,6 @@
-"""Checks audit logs: `python -m fedqlora.verify LOG`; needs nothing of a run.
+"""Checks audit logs and receipts of privacy spent; needs nothing of a run, and no network.
 
+    python -m fedqlora.verify receipts receipts.jsonl --key SITE=HEX
     python -m fedqlora.verify audit.jsonl
     python -m fedqlora.verify audit.jsonl --head audit.head --key coordinator.pub
     python -m fedqlora.verify site/audit.jsonl --against runs/audit.jsonl --site b
@@ -24,6 +25,7 @@ from fedqlora.audit import verify
 from fedqlora.errors import ConfigError, FedqloraError, HistoryError
 from fedqlora.head import Head, SignedHead, read_head
 from fedqlora.keys import load_public_key, public_key
+from fedqlora.privacy.receipts import check_receipts
 
 
 def check_head(path: Path, hashes: Sequence[bytes], signed: SignedHead) -> None:
@@ -103,6 +105,9 @@ def _load_key(given: str) -> Ed25519PublicKey:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check what the command line names; returns the exit status."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["receipts"]:
+        return _check_receipts(given[1:])
     parser = argparse.ArgumentParser(prog="python -m fedqlora.verify", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("log", type=Path, help="audit log")
@@ -110,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--key", help="the owner's public key: PEM file, or hex as in the roster")
     parser.add_argument("--against", type=Path, metavar="LOG", help="the centre's audit log")
     parser.add_argument("--site", help="whose log it is, for --against")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     try:
         if (options.head is None) != (options.key is None):
             raise ConfigError("--head and --key go together; give both")
@@ -121,6 +126,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FedqloraError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
+    return 0
+
+
+def _check_receipts(arguments: Sequence[str]) -> int:
+    """`receipts`: recompute epsilon from signed receipts; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m fedqlora.verify receipts")
+    parser.add_argument("path", type=Path, help="receipts.jsonl of a run folder or of a site")
+    parser.add_argument(
+        "--key",
+        action="append",
+        default=[],
+        metavar="SITE=HEX",
+        help="a site's public signing key, got from the site itself or the roster",
+    )
+    try:
+        return verify_receipts(parser.parse_args(arguments))
+    except FedqloraError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+
+
+def verify_receipts(options: argparse.Namespace) -> int:
+    """Check a file of receipts and print what each site has spent.
+
+    Raises:
+        ReceiptError: one does not hold.
+        ConfigError: a key is not SITE=HEX.
+    """
+    keys = {}
+    for text in options.key:
+        site, equals, digits = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--key {text[:80]} is not SITE=HEX; write for example a=0f3c...")
+        keys[site] = public_key(digits)
+    receipts = check_receipts(options.path, keys)
+    for one in receipts:
+        print(
+            f"site {one.site}, run {one.run}, round {one.round}: epsilon of the round "
+            f"{one.epsilon_round:.6f}, of the run so far {one.epsilon_run:.6f} at delta "
+            f"{one.delta:.3g}; cohort {one.cohort} by {one.unit} over all runs "
+            f"{one.epsilon_cohort:.6f} at delta {one.cohort_delta:.3g}"
+        )
+    print(f"{len(receipts)} receipts hold")
     return 0
 
 

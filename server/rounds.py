@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from server.history import read_history
 from server.metrics import Metrics
 from server.model_card import render_card
 from server.peft_format import write_adapter
+from server.receipts import Receipts
 from server.report import refresh_report
 from server.sites import Described, Sites
 
@@ -58,7 +60,8 @@ def federate(
     metrics = Metrics(folder.path / "metrics.jsonl")
     checkpoint = folder.latest()
     metrics.forget_after(checkpoint.round if checkpoint else -1)
-    sites = Sites(config, exchange, metrics, registered, _agreed(checkpoint))
+    receipts = Receipts(folder.path)
+    sites = Sites(config, exchange, metrics, registered, _agreed(checkpoint), receipts)
     sites.gather()
     if checkpoint is None:
         checkpoint = _start(config, sites, exchange)
@@ -111,9 +114,10 @@ def run_round(
         addressees,
         pb.TRAIN,
         round_,
-        _instruct(config, before),
+        _instruct(config, before, sites.receipts.heads()),
         config.federation.round_deadline_seconds,
     ):
+        sites.receipts.keep(answer.site, answer.message)
         facts = _fold(answer, aggregator, spec, config)
         outcomes[answer.site] = facts["outcome"]
         metrics.append("site", round=round_, site=answer.site, **facts)
@@ -143,12 +147,13 @@ def run_round(
     return result
 
 
-def _instruct(config: RunConfig, before: Checkpoint) -> bytes:
+def _instruct(config: RunConfig, before: Checkpoint, ledger_heads: Mapping[str, str]) -> bytes:
     """The payload of a training instruction, the same for every site."""
     train = pb.Train(
         config=config.model_dump_json(),
         adapter=encode(before.adapter, "float32"),
         residual=encode(before.residual, "float32") if before.residual else None,
+        ledger_heads=ledger_heads,
     )
     return train.SerializeToString()
 

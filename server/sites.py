@@ -20,6 +20,7 @@ from fedqlora.envelope import ANY_SITE
 from fedqlora.errors import FederationError
 from server.exchange import LOST, Exchange
 from server.metrics import Metrics
+from server.receipts import Receipts
 
 log = logging.getLogger("server")
 
@@ -44,6 +45,7 @@ class Sites:
         metrics: where joins are recorded.
         registered: number of sites in the roster.
         agreed: what earlier rounds of this run were based on; None in a new run.
+        receipts: what sites said about the privacy that they spent.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class Sites:
         metrics: Metrics,
         registered: int,
         agreed: Described | None,
+        receipts: Receipts,
     ) -> None:
+        self.receipts = receipts
         self._config = config
         self._exchange = exchange
         self._metrics = metrics
@@ -126,7 +130,9 @@ class Sites:
         """Ask unknown nodes who they are and what they hold."""
         if not nodes:
             return
-        body = pb.Describe(config=self._config.model_dump_json()).SerializeToString()
+        body = pb.Describe(
+            config=self._config.model_dump_json(), ledger_heads=self.receipts.heads()
+        ).SerializeToString()
         addressees = dict.fromkeys(sorted(nodes), ANY_SITE)
         found: dict[str, tuple[int, Described, pb.Description]] = {}
         for answer in self._exchange.ask(addressees, pb.DESCRIBE, 0, body, deadline_seconds):
@@ -142,6 +148,7 @@ class Sites:
                 self._problems[who] = answer.reason
                 continue
             said = answer.message
+            self.receipts.keep(answer.site, said)
             shapes = tuple((tensor.name, tuple(tensor.shape)) for tensor in said.tensors)
             described = Described(
                 base_digest=said.base_digest, family=said.family, spec=AdapterSpec(shapes=shapes)

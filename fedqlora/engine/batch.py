@@ -31,11 +31,13 @@ class Microbatch:
         inputs: keyword arguments of the model's forward, tensors of (R, L).
         keep: (K,) places in the output, rows one after the other, whose logits are needed.
         targets: (K,) the token that each of them must predict.
+        rows: which of the given examples is in each row; empty where rows are packed.
     """
 
     inputs: dict[str, Tensor]
     keep: Tensor
     targets: Tensor
+    rows: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> Microbatch:
         """The same microbatch on another device."""
@@ -43,6 +45,7 @@ class Microbatch:
             inputs={name: tensor.to(device) for name, tensor in self.inputs.items()},
             keep=self.keep.to(device),
             targets=self.targets.to(device),
+            rows=self.rows,
         )
 
 
@@ -93,7 +96,7 @@ def pad_rows(
             mask[row, : len(tokens)] = 1
             _note_targets(examples[index], row * width, keep, targets)
         inputs = {"input_ids": ids, "attention_mask": mask}
-        batches.append(_make(inputs, keep, targets))
+        batches.append(_make(inputs, keep, targets, group))
     return batches
 
 
@@ -125,15 +128,18 @@ def pad_pairs(
             keep.extend(range(row * depth, row * depth + len(completion)))
             targets.extend(completion)
         inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": shifted}
-        batches.append(_make(inputs, keep, targets))
+        batches.append(_make(inputs, keep, targets, group))
     return batches
 
 
-def _make(inputs: dict[str, Tensor], keep: list[int], targets: list[int]) -> Microbatch:
+def _make(
+    inputs: dict[str, Tensor], keep: list[int], targets: list[int], rows: Sequence[int] = ()
+) -> Microbatch:
     return Microbatch(
         inputs=inputs,
         keep=torch.tensor(keep, dtype=torch.long),
         targets=torch.tensor(targets, dtype=torch.long),
+        rows=tuple(rows),
     )
 
 

@@ -50,6 +50,7 @@ class BaseModel:
         device: where it computes.
         compute_dtype: what matrices are multiplied in.
         packs: filled by the first batch: whether packed examples stay apart (batch.py).
+        separable: set by dp.py once examples' gradients were seen to be told apart exactly.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class BaseModel:
         self.compute_dtype = compute_dtype
         self.packs: bool | None = None
         self._residual_rank = 0
+        self.separable = False
         self._tensors = _adapter_tensors(model)
         self._given = {
             name: value.copy()

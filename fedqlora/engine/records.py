@@ -37,6 +37,8 @@ LAYOUTS: tuple[tuple[str, ...], ...] = (
     ("text",),
 )
 EXPECTED = "`messages`, or `prompt` and `completion`, or `instruction` and `output`, or `text`"
+NAMELESS = "row "
+"""Starts `Record.patient` where a row has no patient_id."""
 _OWN = {"messages", "prompt", "completion", "instruction", "input", "output", "text", "patient_id"}
 
 
@@ -177,7 +179,7 @@ class _Row:
     def _patient(self, number: str) -> str:
         """The patient's id, marked so that a row without the column cannot collide with one."""
         if "patient_id" not in self.values:
-            return f"row {number}"
+            return f"{NAMELESS}{number}"
         value = self.values["patient_id"]
         if isinstance(value, int) and not isinstance(value, bool):
             value = str(value)

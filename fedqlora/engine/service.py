@@ -43,6 +43,7 @@ from fedqlora.errors import (
     HistoryError,
     ModelError,
     PolicyRefusal,
+    PrivacyError,
     SignatureError,
     UpdateError,
 )
@@ -54,6 +55,7 @@ log = logging.getLogger("fedqlora")
 # Only these speak of the coordinator's own inputs, so only their sentences may leave a site.
 SAYABLE: tuple[type[FedqloraError], ...] = (
     PolicyRefusal,
+    PrivacyError,
     ConfigError,
     ModelError,
     EnvelopeError,

@@ -87,9 +87,9 @@ def train(
         raise DataError("no training example has a completion to learn; check the data file")
     base.set_adapter(adapter, residual, trained)
     base.model.train()
-    _set_checkpointing(base, config.gradient_checkpointing)
+    set_checkpointing(base, config.gradient_checkpointing)
     parameters = base.trainable()
-    optimizer = _make_optimizer(list(parameters.values()), config, base.device)
+    optimizer = make_optimizer(list(parameters.values()), config, base.device)
     draw = _draw_examples(len(usable), _derive_seed(seed, site, round_, "order"))
     devices = [base.device] if base.device.type == "cuda" else []
     loss = 0.0
@@ -224,7 +224,7 @@ def _update(
     optimizer.zero_grad(set_to_none=True)
 
 
-def _make_optimizer(
+def make_optimizer(
     parameters: list[torch.nn.Parameter], config: TrainingConfig, device: torch.device
 ) -> torch.optim.Optimizer:
     """AdamW; on CUDA with 8-bit moments in paged memory."""
@@ -238,7 +238,7 @@ def _make_optimizer(
     )
 
 
-def _set_checkpointing(base: BaseModel, wanted: bool) -> None:
+def set_checkpointing(base: BaseModel, wanted: bool) -> None:
     """Turn activation checkpointing on or off on the base model."""
     model = base.model.get_base_model()
     if not wanted:

@@ -6,6 +6,7 @@ import datetime
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from certs.site import make_all
 from client.__main__ import main
@@ -13,13 +14,15 @@ from client.standing import describe_certificate, read_standing
 from fedqlora.audit import AuditLog
 from fedqlora.errors import AuditError
 
+KEY = Ed25519PrivateKey.from_private_bytes(b"s" * 32)
 NOW = datetime.datetime(2026, 11, 24, 12, 0, tzinfo=datetime.UTC)
 
 
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
     """A trainer's folder after two rounds and a refusal."""
-    log = AuditLog(tmp_path / "audit.jsonl")
+    log = AuditLog(tmp_path / "audit.jsonl", KEY)
+    log.append("described", run="icd10", round=0, bytes_out=7)
     for round_, sent in ((1, 100), (2, 250)):
         log.append("training", run="icd10", round=round_)
         log.append("trained", run="icd10", round=round_, bytes_out=sent)
@@ -31,8 +34,8 @@ def test_a_log_is_summed_up(state: Path) -> None:
     standing = read_standing(state / "audit.jsonl", datetime.datetime.now(datetime.UTC))
     assert standing.trained is not None
     assert standing.trained.startswith("round 2 of run icd10, ")
-    assert (standing.bytes_sent, standing.updates, standing.refused) == (350, 2, 1)
-    assert standing.lines == 5
+    assert (standing.bytes_sent, standing.updates, standing.refused) == (357, 2, 1)
+    assert standing.lines == 6
     assert not standing.training
 
 
@@ -40,7 +43,7 @@ def test_a_round_that_began_and_did_not_end_goes_on(state: Path) -> None:
     assert main(["idle", "--state", str(state)]) == 3, "a reply may still be on its way"
     later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
     assert read_standing(state / "audit.jsonl", later).quiet_seconds > 3000
-    AuditLog(state / "audit.jsonl").append("training", run="icd10", round=3)
+    AuditLog(state / "audit.jsonl", KEY).append("training", run="icd10", round=3)
     assert read_standing(state / "audit.jsonl", later).training
 
 
@@ -56,7 +59,7 @@ def test_an_edited_log_is_neither_summed_up_nor_verified(
     state: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["audit", "--state", str(state)]) == 0
-    assert "5 lines fit their chain" in capsys.readouterr().out
+    assert "6 lines fit their chain" in capsys.readouterr().out
     log = state / "audit.jsonl"
     log.write_text(log.read_text().replace('"bytes_out": 250', '"bytes_out": 25'))
     with pytest.raises(AuditError, match="line 4"):

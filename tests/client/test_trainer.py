@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from client.budget import Budget
 from client.feedback import Feedback
 from client.policy import Limits, Metrics, Models, Policy
 from client.textfile import Textfile
@@ -52,6 +53,7 @@ class Site:
             feedback=Feedback(self.folder / "feedback"),
             textfile=Textfile(self.folder / "metrics.prom", audit),
             warm=WarmModel(),
+            budget=Budget("a", self.folder, self.policy, SITE),
         )
         identity = Identity(name="a", key=SITE, coordinator=COORDINATOR.public_key())
         return Service(identity, self.folder / "window", trainer, audit=audit)

@@ -179,7 +179,7 @@ def test_the_exported_adapter_is_both_in_one(
         round=1, adapter=adapter, residual=residual, issued=1,
         origin=Origin(base_digest="d", family="causal"),
     )  # fmt: skip
-    write_adapter(tmp_path / "adapter", config, checkpoint)
+    write_adapter(tmp_path / "adapter", config, checkpoint, "# card\n")
     merge(llama_folder, tmp_path / "adapter", tmp_path / "merged")
     merged = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", dtype=torch.float32

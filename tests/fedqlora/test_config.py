@@ -116,9 +116,32 @@ def test_mixed_ranks_go_with_encodings_that_say_the_rank_only(update: str) -> No
     validate(RunConfig, {**mixed, "codec": {"update": "float32"}}, "run.toml")
 
 
+PRIVATE = {
+    **GOOD,
+    "privacy": {"unit": "example", "epsilon": 4.0},
+    "training": {"packing": False},
+    "data": {"validation_fraction": 0},
+    "aggregation": {"method": "fedavg", "weighting": "uniform"},
+}
+
+
+@pytest.mark.parametrize("method", ["exact_svd", "ffa", "fedsvd", "rolora"])
+def test_privacy_goes_with_fedavg_only(method: str) -> None:
+    validate(RunConfig, PRIVATE, "run.toml")
+    other = {**PRIVATE, "aggregation": {"method": method, "weighting": "uniform"}}
+    with pytest.raises(ConfigError, match=r'privacy.unit .*method = "fedavg"'):
+        validate(RunConfig, other, "run.toml")
+
+
+def test_privacy_does_not_go_with_fewer_steps() -> None:
+    fewer = {**PRIVATE, "training": {"packing": False, "fewer_steps": True}}
+    with pytest.raises(ConfigError, match=r"privacy.unit .*fewer_steps = false"):
+        validate(RunConfig, fewer, "run.toml")
+
+
 def test_every_refused_combination_has_a_case_above() -> None:
     """A new row needs a test of its own: this one fails until it is counted."""
-    assert len(COMBINATIONS) == 7
+    assert len(COMBINATIONS) == 9
 
 
 def test_exact_svd_is_the_default_and_keeps_four_times_the_rank() -> None:

@@ -1,0 +1,1 @@
+"""Privacy that can be checked: the accountant and the receipts; torch-free."""
