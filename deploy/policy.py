@@ -32,17 +32,17 @@ def _table(name: str, rule: FieldInfo) -> str:
     if not isinstance(kind, type) or not issubclass(kind, Section):
         return f"\n{_comment(rule.description or '')}[{name}]\n"
     rules = [
-        f"{_comment(one.description or '')}{key} = {_value(one)}\n"
+        f"{_comment(one.description or '')}{_assign(key, one)}\n"
         for key, one in kind.model_fields.items()
     ]
     return f"\n{_comment(kind.__doc__ or '')}[{name}]\n{''.join(rules)}"
 
 
-def _value(rule: FieldInfo) -> str:
-    """A rule's default as TOML; JSON's texts, numbers, booleans and lists are TOML's as well."""
-    return json.dumps(
-        [UNDECIDED] if rule.is_required() else rule.get_default(call_default_factory=True)
-    )
+def _assign(key: str, rule: FieldInfo) -> str:
+    """A rule with its default as TOML; JSON's texts, numbers, booleans and lists are TOML's too."""
+    value = [UNDECIDED] if rule.is_required() else rule.get_default(call_default_factory=True)
+    # TOML has no word for nothing: a rule that is not set is left to be set.
+    return f"# {key} =" if value is None else f"{key} = {json.dumps(value)}"
 
 
 def _comment(text: str) -> str:

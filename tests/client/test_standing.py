@@ -62,10 +62,10 @@ def test_an_edited_log_is_neither_summed_up_nor_verified(
     assert "6 lines fit their chain" in capsys.readouterr().out
     log = state / "audit.jsonl"
     log.write_text(log.read_text().replace('"bytes_out": 250', '"bytes_out": 25'))
-    with pytest.raises(AuditError, match="line 4"):
+    with pytest.raises(AuditError, match="line 5"):
         read_standing(log, NOW)
     assert main(["audit", "--state", str(state)]) == 1
-    assert "does not fit its chain at line 4" in capsys.readouterr().err
+    assert "does not fit its chain at line 5" in capsys.readouterr().err
 
 
 def test_a_certificate_says_how_long_it_lasts_and_when_renewal_is_due(tmp_path: Path) -> None:
