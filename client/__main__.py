@@ -98,7 +98,9 @@ def _carry_out(options: argparse.Namespace) -> int:
         if options.command == "idle":
             return 0 if not standing.training and standing.quiet_seconds >= QUIET_SECONDS else 3
         if options.command == "status":
-            print("\n".join(list_standing(standing, options.keys / "client.crt", now)))
+            print(
+                "\n".join(list_standing(standing, options.state, options.keys / "client.crt", now))
+            )
         elif standing.lines:
             print(f"audit log: {standing.lines} lines fit their chain, head {standing.head}")
         else:

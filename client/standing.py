@@ -72,19 +72,47 @@ def read_standing(log: Path, now: datetime.datetime) -> Standing:
     )
 
 
-def list_standing(standing: Standing, certificate: Path, now: datetime.datetime) -> list[str]:
+def list_standing(
+    standing: Standing, state: Path, certificate: Path, now: datetime.datetime
+) -> list[str]:
     """The lines of `status`: one figure each.
 
     Raises:
-        ConfigError: the certificate cannot be read.
+        ConfigError: the certificate or the newest receipt cannot be read.
     """
     return [
         f"last round: {standing.trained or 'none yet'}",
         f"bytes sent: {standing.bytes_sent} in {standing.updates} updates",
         f"refused instructions: {standing.refused}",
         f"audit log: {standing.lines} lines",
+        f"privacy spent: {describe_privacy(state)}",
         f"certificate: {describe_certificate(certificate, now)}",
     ]
+
+
+def describe_privacy(state: Path) -> str:
+    """What the site's cohort has spent over all runs, by its newest receipt.
+
+    Raises:
+        ConfigError: the receipt cannot be read.
+    """
+    if not (state / "ledger.jsonl").exists():
+        return "not accounted, for this site has no ledger"
+    try:
+        lines = (state / "receipts.jsonl").read_text(encoding="utf-8").splitlines()
+        if not lines:
+            return "nothing yet"
+        last = json.loads(lines[-1])["receipt"]
+        return (
+            f"epsilon {last['epsilon_cohort']:.3g} at delta {last['cohort_delta']:.3g} for each "
+            f"{last['unit']} of cohort {last['cohort']}, over all runs"
+        )
+    except FileNotFoundError:
+        return "nothing yet"
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"{state / 'receipts.jsonl'} cannot be read; restore it from a backup"
+        ) from None
 
 
 def describe_certificate(path: Path, now: datetime.datetime) -> str:

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from client.__main__ import main
 from client.ledger import Ledger
 from client.policy import Policy, Privacy
+from client.standing import describe_privacy
 from fedqlora import protocol_pb2 as pb
 from fedqlora.config import RunConfig, validate
 from fedqlora.errors import ConfigError, ReceiptError
@@ -62,7 +63,9 @@ def train(site: Site, config: RunConfig, issued: int = 2) -> pb.Update | pb.Refu
 
 
 def test_a_private_round_leaves_a_receipt_and_no_figure(site: Site) -> None:
+    assert describe_privacy(site.folder) == "not accounted, for this site has no ledger"
     begin(site)
+    assert describe_privacy(site.folder) == "nothing yet"
     update = train(site, private_config())
     assert isinstance(update, pb.Update), update
     assert (update.examples, update.tokens, dict(update.metrics)) == (0, 0, {})
@@ -71,6 +74,10 @@ def test_a_private_round_leaves_a_receipt_and_no_figure(site: Site) -> None:
     assert receipt.epsilon_round < receipt.epsilon_run * 1.0001 < 8
     assert update.ledger_head == receipt.ledger_head
     assert Ledger(site.folder / "ledger.jsonl", "a", SITE).head == update.ledger_head
+    assert describe_privacy(site.folder) == (
+        f"epsilon {receipt.epsilon_cohort:.3g} at delta 0.01 for each patient of cohort all, "
+        "over all runs"
+    )
     key = SITE.public_key().public_bytes_raw().hex()
     assert verify(["receipts", str(site.folder / "receipts.jsonl"), "--key", f"a={key}"]) == 0
 
