@@ -13,6 +13,7 @@ import functools
 import hashlib
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ from fedqlora.audit import AuditLog
 from fedqlora.engine.service import Identity, Service, listen
 from fedqlora.engine.warm import WarmModel
 from fedqlora.envelope import claimed_header
-from fedqlora.errors import FedqloraError
+from fedqlora.errors import FederationError, FedqloraError
 from fedqlora.files import write_durably
 from server.app import main as run_rounds
 from server.checkpoint import RunFolder
@@ -129,20 +130,32 @@ def simulate(
         os.environ["FEDQLORA_RUNS"] = str(folder.path.parent.resolve())
         os.environ["FEDQLORA_COORDINATOR"] = str(certs.resolve() / "coordinator")
         os.environ["FEDQLORA_EVALUATOR_SOCKET"] = str(socket)
+        _start_ray(workers)
         with _evaluating(folder, socket, certs / "evaluator", models, held_out):
             run_simulation(
                 server_app=_make_server_app(folder.name),
                 client_app=_make_client_app(list(sites), models.resolve()),
                 num_supernodes=len(sites),
-                backend_config={
-                    "init_args": {
-                        "num_cpus": workers,
-                        "include_dashboard": False,
-                        "log_to_driver": False,
-                    },
-                    "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-                },
+                backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
             )
+
+
+def _start_ray(workers: int) -> None:
+    """Start Ray, once more where a first start off a cold disk outlasts the 30 s that Ray waits."""
+    import ray
+
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    for last in (False, True):
+        try:
+            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if last:
+                raise FederationError(
+                    f"Ray does not start ({str(error)[:200]}): free memory and processors, then "
+                    "resume the run"
+                ) from error
 
 
 @contextmanager

@@ -63,6 +63,11 @@ def processes_of(home: Path) -> list[str]:
     return found
 
 
+def list_runs(home: Path) -> set[Path]:
+    """The run folders, without what the centre and the sites keep beside them."""
+    return {path.parent for path in (home / "runs").glob("*/config.json")}
+
+
 def begin(home: Path) -> list[str]:
     return ["run", "--experiment", str(home / "short.toml"), "--sites", "2", "--rounds", "1"]
 
@@ -72,7 +77,7 @@ def test_a_demo_prints_its_table_and_leaves_a_run_folder_and_no_process(home: Pa
     assert result.returncode == 0, result.stdout + result.stderr
     assert "| untuned base |" in result.stdout
     assert "| federated    |" in result.stdout
-    (folder,) = (home / "runs").iterdir()
+    (folder,) = list_runs(home)
     assert (folder / "result.md").read_text().strip() in result.stdout
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     assert processes_of(home) == []
@@ -82,7 +87,7 @@ def test_a_demo_prints_its_table_and_leaves_a_run_folder_and_no_process(home: Pa
 
 
 def test_an_interrupted_demo_stops_every_process_and_resumes(home: Path) -> None:
-    before = set((home / "runs").glob("*"))
+    before = list_runs(home)
     with subprocess.Popen(
         demo(home, *begin(home)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, start_new_session=True,
@@ -99,7 +104,7 @@ def test_an_interrupted_demo_stops_every_process_and_resumes(home: Path) -> None
     assert process.returncode == 130
     time.sleep(0.5)
     assert processes_of(home) == []
-    (folder,) = set((home / "runs").glob("*")) - before
+    (folder,) = list_runs(home) - before
     result = run(home, "resume", str(folder))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "| federated    |" in result.stdout

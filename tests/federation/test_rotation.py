@@ -21,9 +21,9 @@ pytestmark = pytest.mark.slow
 LONG = 200
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
-    """Hospitals of this module's own, whose keys it may change."""
+    """Hospitals of a test's own, whose keys it may change."""
     with running_hospitals(tmp_path_factory.mktemp("rotation")) as running:
         yield running
 
