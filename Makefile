@@ -260,7 +260,7 @@ test-containers: install images ## images, a cluster, a short run, its boundary,
 	$(BIN)/python -m pytest -q -m 'containers and not endurance'
 
 .PHONY: test-slow
-test-slow: install images ## minutes of harder failures in the cluster: network, disk, memory, stop
+test-slow: install images ## what takes minutes in containers: harder failures, keys that change, a hospital's kit
 	$(BIN)/python -m pytest -q -m endurance
 
 .PHONY: test-gpu

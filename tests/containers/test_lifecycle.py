@@ -12,7 +12,7 @@ from server.checkpoint import RunFolder
 from tests.containers.cluster import ROOT, Cluster, read_run_name
 from tests.containers.test_failures import LONGER, outcomes
 
-pytestmark = pytest.mark.containers
+pytestmark = [pytest.mark.containers, pytest.mark.endurance]
 
 # Here SITES is a list of names, where the cluster's own settings have a number.
 ALL = "SITES="
@@ -44,7 +44,6 @@ def test_a_run_goes_on_while_leaves_and_authority_are_replaced(cluster: Cluster)
             assert row["serial"] == row["live"] is not None
 
 
-@pytest.mark.endurance
 def test_a_revoked_site_leaves_by_one_command_and_the_other_stays(cluster: Cluster) -> None:
     try:
         said = cluster.make("revoke", "SITE=b", ALL)

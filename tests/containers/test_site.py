@@ -25,7 +25,7 @@ from tests.containers.cluster import ROOT, wait_for
 from tests.deploy.kits import unpack
 
 # Two starts of a site and one that fails: minutes where other work takes the processors.
-pytestmark = [pytest.mark.containers, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.containers, pytest.mark.endurance, pytest.mark.timeout(1500)]
 
 SITE = "kit-test"
 PROJECT = f"fedqlora-{SITE}"
