@@ -16,6 +16,8 @@ GPU_SERVICE = """\
   {name}:
     # Without DEVICE=cuda it would be the image for CPUs.
     image: ${{{variable}:-{image}:${{DEVICE:?set DEVICE=cuda, as make up GPU=1 does}}}}{command}
+    # Code that a library builds for the device at run time is loaded from here.
+    tmpfs: !override ["/tmp:size=64m,mode=1777,exec"]
     deploy:
       resources:
         reservations:
