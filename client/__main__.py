@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 from client.fetch import fetch
-from client.ledger import Ledger
 from client.standing import list_standing, read_standing
 from fedqlora.address import split_address
 from fedqlora.engine.base import base_digest, resolve_base
@@ -86,6 +85,9 @@ def _carry_out(options: argparse.Namespace) -> int:
         print(text)
         return 0 if usable else DataError.exit_code
     elif options.command == "ledger":
+        # Only here, as the accounting behind it loads far more than the other commands need.
+        from client.ledger import Ledger
+
         path = options.state / "ledger.jsonl"
         key = load_signing_key(options.keys / "signing.key")
         Ledger.create(path, options.site, options.state / "audit.jsonl", key)

@@ -25,7 +25,6 @@ from fedqlora.audit import verify
 from fedqlora.errors import ConfigError, FedqloraError, HistoryError
 from fedqlora.head import Head, SignedHead, read_head
 from fedqlora.keys import load_public_key, public_key
-from fedqlora.privacy.receipts import check_receipts
 
 
 def check_head(path: Path, hashes: Sequence[bytes], signed: SignedHead) -> None:
@@ -154,6 +153,9 @@ def verify_receipts(options: argparse.Namespace) -> int:
         ReceiptError: one does not hold.
         ConfigError: a key is not SITE=HEX.
     """
+    # Only here: an audit log is checked without the accounting, which takes a second to load.
+    from fedqlora.privacy.receipts import check_receipts
+
     keys = {}
     for text in options.key:
         site, equals, digits = text.partition("=")
