@@ -7,6 +7,8 @@ and the mean of B are not the factors of the mean product; `exact_svd` takes tha
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,11 +30,14 @@ class FedAvg:
 
     Args:
         adapter: the round's starting point.
+        trained: names of the tensors that trained, which the deltas hold; None for all. The
+            others stay as they were.
     """
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(self, adapter: Adapter, trained: Collection[str] | None = None) -> None:
         self._adapter = adapter
-        self._sums = {name: np.zeros(a.shape, dtype=np.int64) for name, a in adapter.items()}
+        names = adapter if trained is None else trained
+        self._sums = {name: np.zeros(adapter[name].shape, dtype=np.int64) for name in names}
         self._weight = 0
         self._bound = 0
 
@@ -69,11 +74,11 @@ class FedAvg:
         if self._weight == 0:
             raise UpdateError("no update was folded in; a round needs at least one")
         scale = 2.0**FRACTION_BITS * self._weight
-        result = {name: value.copy() for name, value in self._adapter.items()}
-        for name, value in result.items():
+        moved = {name: self._adapter[name].copy() for name in self._sums}
+        for name, value in moved.items():
             for part, total in zip(chunks(value), chunks(self._sums[name]), strict=True):
                 part += total / scale
-        return Aggregate(adapter=result)
+        return Aggregate(adapter={**self._adapter, **moved})
 
 
 def _largest(value: FloatArray) -> float:

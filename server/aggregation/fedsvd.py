@@ -14,8 +14,8 @@ from server.aggregation.factors import decompose, pad_rank, pair_layers
 from server.aggregation.ffa import Ffa
 
 
-class FedSvd:
-    """Folds the deltas of B in one at a time; memory does not grow with the number of sites.
+class FedSvd(Ffa):
+    """The mean of B, then A and B anew.
 
     Args:
         adapter: the round's starting point.
@@ -25,13 +25,9 @@ class FedSvd:
     """
 
     def __init__(self, adapter: Adapter) -> None:
+        super().__init__(adapter)
         self._layers = pair_layers(adapter)
         self._rank = rank_of(adapter)
-        self._ffa = Ffa(adapter)
-
-    def add(self, site: str, delta: Adapter, weight: int) -> None:
-        """Fold in one site's delta of B; see Aggregator."""
-        self._ffa.add(site, delta, weight)
 
     def finish(self) -> Aggregate:
         """A and B whose product is the mean product.
@@ -39,7 +35,7 @@ class FedSvd:
         Raises:
             UpdateError: nothing was folded in.
         """
-        mean = self._ffa.finish().adapter
+        mean = super().finish().adapter
         adapter: Adapter = {}
         for layer in self._layers:
             left, right = mean[layer.b].astype(np.float64), mean[layer.a].astype(np.float64)
