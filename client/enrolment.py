@@ -96,11 +96,7 @@ def _try_once(
     """One handshake with exact errors, then one activation and deactivation of this node."""
     host, port = superlink
     serial = probe_server(host, port, identity)
-    credentials = grpc.ssl_channel_credentials(
-        identity.authority_pem, identity.key_pem, identity.chain_pem
-    )
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    with grpc.secure_channel(address, credentials) as channel:
+    with _open_channel(superlink, identity) as channel:
         stub = _sign_calls(channel, key)
         try:
             node = stub.ActivateNode(
@@ -118,17 +114,9 @@ def _try_once(
 
 
 def is_admitted(key: ec.EllipticCurvePrivateKey, channel: grpc.Channel) -> bool:
-    """Whether the SuperLink admits this node's calls over a channel; changes nothing there.
-
-    The question is a heartbeat for a node that cannot be, which every other check lets through to
-    Flower's own, the last; so the node itself may be online meanwhile.
-    """
-    stub = _sign_calls(channel, key)
+    """Whether the SuperLink admits this node's calls over a channel; changes nothing there."""
     try:
-        stub.SendNodeHeartbeat(
-            SendNodeHeartbeatRequest(node=Node(node_id=0), heartbeat_interval=_HEARTBEAT_SECONDS),
-            timeout=10.0,
-        )
+        _ask(channel, key)
     except grpc.RpcError as error:
         refused = error.details() == NOT_ADMITTED
         return error.code() == grpc.StatusCode.UNAUTHENTICATED and not refused
@@ -152,16 +140,9 @@ def try_call(
     """
     host, port = superlink
     serial = probe_server(host, port, identity)
-    credentials = grpc.ssl_channel_credentials(
-        identity.authority_pem, identity.key_pem, identity.chain_pem
-    )
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    with grpc.secure_channel(address, credentials) as channel:
-        request = SendNodeHeartbeatRequest(
-            node=Node(node_id=0), heartbeat_interval=_HEARTBEAT_SECONDS
-        )
+    with _open_channel(superlink, identity) as channel:
         try:
-            _sign_calls(channel, key).SendNodeHeartbeat(request, timeout=10.0)
+            _ask(channel, key)
         except grpc.RpcError as error:
             details = error.details() or ""
             unknown = error.code() == grpc.StatusCode.UNAUTHENTICATED
@@ -170,6 +151,28 @@ def try_call(
             if refused and _judge(error, f"{host}:{port}") == "silent":
                 raise OSError(f"no answer to a call ({details})") from None
     return serial
+
+
+def _open_channel(superlink: tuple[str, int], identity: Identity) -> grpc.Channel:
+    """A connection of its own, with this site's certificate."""
+    host, port = superlink
+    credentials = grpc.ssl_channel_credentials(
+        identity.authority_pem, identity.key_pem, identity.chain_pem
+    )
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return grpc.secure_channel(address, credentials)
+
+
+def _ask(channel: grpc.Channel, key: ec.EllipticCurvePrivateKey) -> None:
+    """A heartbeat for a node that cannot be, so the node itself may be online meanwhile.
+
+    Every other check lets it through to Flower's own, the last, which always refuses it.
+
+    Raises:
+        grpc.RpcError: which check has refused it.
+    """
+    request = SendNodeHeartbeatRequest(node=Node(node_id=0), heartbeat_interval=_HEARTBEAT_SECONDS)
+    _sign_calls(channel, key).SendNodeHeartbeat(request, timeout=10.0)
 
 
 def _sign_calls(channel: grpc.Channel, key: ec.EllipticCurvePrivateKey) -> FleetStub:
