@@ -8,17 +8,16 @@ site's policy allowed the instruction.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.metadata
 import logging
 import math
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from client.budget import Budget
+from client.examples import Reader
 from client.feedback import Feedback
 from client.ledger import Ledger, Plan
 from client.peers import load_peers
@@ -27,39 +26,28 @@ from client.textfile import Textfile
 from fedqlora import VERSION
 from fedqlora import protocol_pb2 as pb
 from fedqlora.adapter import Adapter, check_residual, check_update, lower_rank
-from fedqlora.audit import AuditLog
+from fedqlora.audit import AuditLog, digest_of
 from fedqlora.codec import decode, encode
-from fedqlora.config import DataConfig, RunConfig
+from fedqlora.config import RunConfig
 from fedqlora.engine.base import resolve_base
-from fedqlora.engine.data import Tokenized, load_records, split_records, tokenize
+from fedqlora.engine.data import Tokenized
 from fedqlora.engine.device import add_device_options, choose_device
 from fedqlora.engine.dp import Unit, check_exactness, group_units, train_privately
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.service import Identity, Service, serve
 from fedqlora.engine.train import mean_loss, train
 from fedqlora.engine.warm import WarmModel
-from fedqlora.errors import AuditError, DataError, FedqloraError, PolicyRefusal
+from fedqlora.errors import AuditError, FedqloraError, PolicyRefusal
 from fedqlora.halves import select_trained
 from fedqlora.head import Head, head_facts
 
 log = logging.getLogger("client")
 
 _SOFTWARE = ("bitsandbytes", "peft", "torch", "transformers")
-# Below this a loss says more about single records than about learning.
-MIN_EXAMPLES = 8
 SIGN_SECONDS = 12 * 3600.0
 """Time between two signatures of the audit log's head while nothing else signs it."""
 
 _RUN_LENGTH = 100
-
-
-@dataclass(frozen=True)
-class _Examples:
-    """A site's examples, and whose each training example is."""
-
-    training: list[Tokenized]
-    validation: list[Tokenized]
-    patients: list[str]
 
 
 class Trainer:
@@ -91,7 +79,7 @@ class Trainer:
         warm: WarmModel,
     ) -> None:
         self._site = site
-        self._data = data
+        self._reader = Reader(site, data)
         self._models = models
         self._policy = policy
         self._audit = audit
@@ -99,7 +87,6 @@ class Trainer:
         self._textfile = textfile
         self._budget = budget
         self._warm = warm
-        self._examples: tuple[object, _Examples] | None = None
 
     def perform(
         self, header: pb.Header, config: RunConfig, body: pb.Describe | pb.Train | pb.Evaluate
@@ -123,7 +110,7 @@ class Trainer:
             self._budget.check(ledger, config, header.run)
         lora = config.lora.at_rank(training_rank(self._policy, config))
         base = self._warm.get(folder, config.model, lora)
-        data = self._read_once(base, digest, config)
+        data = self._reader.read(base, digest, config)
         if ledger is None:
             if isinstance(body, pb.Train):
                 return self._train(header, config, body, base, data.training, data.validation)
@@ -197,7 +184,7 @@ class Trainer:
             "trained",
             header,
             bytes_out=update.ByteSize(),
-            tensors=_sha256(update.delta.data),
+            tensors=digest_of(update.delta.data),
             figures=",".join(sorted(leaving)),
         )
         log.info("round %s: %s examples", header.round, result.examples)
@@ -259,7 +246,7 @@ class Trainer:
             "trained",
             header,
             bytes_out=update.ByteSize(),
-            tensors=_sha256(update.delta.data),
+            tensors=digest_of(update.delta.data),
             ledger_head=ledger.head,
         )
         log.info("round %s: %s private steps", header.round, config.training.steps)
@@ -285,36 +272,15 @@ class Trainer:
             header,
             base=digest,
             bytes_out=described.ByteSize(),
-            tensors=_sha256(described.given.data),
+            tensors=digest_of(described.given.data),
             **facts,
             **self._allowed(header),
         )
         return described
 
-    def _read_once(self, base: BaseModel, digest: str, config: RunConfig) -> _Examples:
-        """The site's examples, read and tokenized once per configuration."""
-        key = (digest, config.data, config.training.max_length, config.seed)
-        if self._examples is None or self._examples[0] != key:
-            self._examples = (key, self._read(base, config.data, config))
-        return self._examples[1]
-
-    def _read(self, base: BaseModel, data: DataConfig, config: RunConfig) -> _Examples:
-        records = load_records(self._data)
-        parts = split_records(records, data.validation_fraction, config.seed)
-        training, validation = (
-            tokenize(part, base.tokenizer, base.family, config.training.max_length)
-            for part in parts
-        )
-        if len(training) < MIN_EXAMPLES:
-            raise DataError(
-                f"site {self._site} has {len(training)} training records and needs at least "
-                f"{MIN_EXAMPLES}; add records or lower data.validation_fraction"
-            )
-        return _Examples(training, validation, [record.patient for record in parts[0]])
-
     def _allowed(self, header: pb.Header) -> dict[str, str | int]:
         """The policy's decision, and the coordinator's own log as it says it stands."""
-        policy = _sha256(self._policy.model_dump_json().encode())
+        policy = digest_of(self._policy.model_dump_json().encode())
         server = Head(header.own_number, header.own_head)
         return {"decision": "allowed", "policy": policy, **head_facts("server", server)}
 
@@ -322,10 +288,6 @@ class Trainer:
         # A refused header may be anybody's: its text is bounded.
         self._audit.append(event, run=header.run[:_RUN_LENGTH], round=header.round, **facts)
         self._textfile.note(event, time.time(), int(facts.get("bytes_out", 0)))
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _describe(base: BaseModel, digest: str, rank: int) -> pb.Description:

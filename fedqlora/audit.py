@@ -164,6 +164,11 @@ class AuditLog:
         self._size_bytes += sum(len(line) for line in added)
 
 
+def digest_of(data: bytes) -> str:
+    """SHA-256 in hex: how a line names what it does not hold."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def verify(path: Path) -> list[bytes]:
     """Check the chain of a log.
 

@@ -22,7 +22,6 @@ runs at once may overtake each other: each is held to the head of its own instru
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +29,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedqlora import protocol_pb2 as pb
-from fedqlora.audit import AuditLog
+from fedqlora.audit import AuditLog, digest_of
 from fedqlora.config import RunConfig
 from fedqlora.envelope import claimed_header, instruction_digest
 from fedqlora.errors import ConfigError, HistoryError
@@ -191,11 +190,6 @@ class CentreLog:
     def _forget(self, site: str) -> None:
         self._newest.pop(site, None)
         self._seen = {key: digest for key, digest in self._seen.items() if key[0] != site}
-
-
-def digest_of(data: bytes) -> str:
-    """SHA-256 in hex: how a line names what it does not hold."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def _place(header: pb.Header) -> dict[str, str | int]:

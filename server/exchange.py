@@ -23,6 +23,7 @@ from flwr.superlink.grid import http_grid
 from google.protobuf.message import DecodeError
 
 from fedqlora import protocol_pb2 as pb
+from fedqlora.audit import digest_of
 from fedqlora.envelope import (
     ANY_SITE,
     claimed_header,
@@ -32,7 +33,7 @@ from fedqlora.envelope import (
 )
 from fedqlora.errors import EnvelopeError, FederationError, HistoryError, SignatureError
 from fedqlora.head import Head
-from server.centre_log import CentreLog, digest_of
+from server.centre_log import CentreLog
 
 log = logging.getLogger("server")
 
