@@ -55,6 +55,14 @@ secrets:
   ca_bundle: {file: "${CA_BUNDLE:-/dev/null}"}
 """
 
+DEALT_KEYS = """\
+      - certs:/deal/certs
+      - superlink-keys:/deal/superlink
+      - coordinator-keys:/deal/coordinator
+      - evaluator-keys:/deal/evaluator
+      - root-certificate:/deal/root"""
+"""Every party's keys, as the two services that deal them have them."""
+
 CENTRE = """\
 services:
   # Development only: certificates, model and data where they are missing, dealt to each party.
@@ -67,11 +75,7 @@ services:
     healthcheck: !reset {{}}
     command: [demo.bootstrap, --sites, "{names}"]
     volumes: !override
-      - certs:/deal/certs
-      - superlink-keys:/deal/superlink
-      - coordinator-keys:/deal/coordinator
-      - evaluator-keys:/deal/evaluator
-      - root-certificate:/deal/root
+{dealt}
       - held-out:/deal/held-out
       - models:/deal/models
 {deals}
@@ -136,11 +140,7 @@ services:
     entrypoint: [python, -m]
     command: [demo.lifecycle, --help]
     volumes: !override
-      - certs:/deal/certs
-      - superlink-keys:/deal/superlink
-      - coordinator-keys:/deal/coordinator
-      - evaluator-keys:/deal/evaluator
-      - root-certificate:/deal/root
+{dealt}
       - runs:/runs:ro
 {keys}
   model:
@@ -255,6 +255,7 @@ def render_cluster(sites: int) -> str:
     names = site_names(sites)
     centre = CENTRE.format(
         names=",".join(names),
+        dealt=DEALT_KEYS,
         deals="".join(DEAL.format(site=name) for name in names),
         keys="".join(KEYS.format(site=name) for name in names),
         fleets="\n".join(f"      fleet-{name}: {{}}" for name in names),

@@ -13,6 +13,7 @@ import pytest
 
 from deploy.cluster import ROOT, render_cluster
 from deploy.overlay import render_overlay
+from tests.deploy.kits import make_federation, make_kit, unpack
 
 Resolve = Callable[..., dict[str, Any]]
 
@@ -41,3 +42,18 @@ def resolve(tmp_path: Path) -> Resolve:
         return json.loads(done.stdout)
 
     return resolve_sites
+
+
+@pytest.fixture(scope="module")
+def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_federation(tmp_path_factory.mktemp("federation"))
+
+
+@pytest.fixture(scope="module")
+def archive(certs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_kit(certs, tmp_path_factory.mktemp("kits"))
+
+
+@pytest.fixture
+def kit(archive: Path, tmp_path: Path) -> Path:
+    return unpack(archive, tmp_path)

@@ -34,21 +34,6 @@ from tests.deploy.kits import IMAGE, SUPERLINK, make_federation, make_kit, unpac
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_federation(tmp_path_factory.mktemp("federation"))
-
-
-@pytest.fixture(scope="module")
-def archive(certs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_kit(certs, tmp_path_factory.mktemp("kits"))
-
-
-@pytest.fixture
-def kit(archive: Path, tmp_path: Path) -> Path:
-    return unpack(archive, tmp_path)
-
-
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 

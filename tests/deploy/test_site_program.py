@@ -15,21 +15,6 @@ from tests.deploy.kits import make_federation, make_kit, unpack
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_federation(tmp_path_factory.mktemp("federation"))
-
-
-@pytest.fixture(scope="module")
-def archive(certs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_kit(certs, tmp_path_factory.mktemp("kits"))
-
-
-@pytest.fixture
-def kit(archive: Path, tmp_path: Path) -> Path:
-    return unpack(archive, tmp_path)
-
-
 def call(kit: Path, *arguments: str | Path, home: Path | None = None) -> tuple[int, str]:
     """Exit status and everything that the program said."""
     environment = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"]}
