@@ -46,7 +46,16 @@ def test_fedqlora_outside_the_engine_needs_neither_torch_nor_ours(module: str) -
 
 
 @pytest.mark.parametrize(
-    "module", ["client.app", "client.fetch", "client.supernode", "server.__main__", "server.app"]
+    "module",
+    [
+        "client.__main__",
+        "client.app",
+        "client.fetch",
+        "client.supernode",
+        "fedqlora.verify",
+        "server.__main__",
+        "server.app",
+    ],
 )
 def test_what_needs_no_model_never_loads_torch(module: str) -> None:
     assert not top(modules_after(f"import {module}")) & (HEAVY | {"dp_accounting"})
