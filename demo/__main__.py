@@ -13,6 +13,7 @@ from pathlib import Path
 from certs.files import CertificateError
 from demo.data import count_chapters
 from demo.devices import SAME, Devices, assign, load_devices
+from demo.earlier import SITES, put_aside
 from demo.hospitals import Hospitals
 from demo.partition import PARTITIONS
 from demo.processes import LocalFederation
@@ -133,6 +134,7 @@ def _run_simulation(
     # Imported here: it brings in torch, which the demo's other commands start faster without.
     from demo.simulation import lay_out, simulate
 
+    _put_aside(folder, hospitals)
     config = folder.config()
     kinds = assign(devices, len(hospitals.names), config.seed)
     counted = Counter(kind.name for kind in kinds)
@@ -209,6 +211,7 @@ def _resume(folder: RunFolder, home: Path) -> None:
 
 def _federate(folder: RunFolder, config: RunConfig, hospitals: Hospitals) -> None:
     """Start every process, run, and stop every process again."""
+    _put_aside(folder, hospitals)
     print(f"run {_show(folder)}: starting SuperLink, evaluator and sites", flush=True)
     with LocalFederation(
         certs=hospitals.certs,
@@ -217,11 +220,17 @@ def _federate(folder: RunFolder, config: RunConfig, hospitals: Hospitals) -> Non
         sites=hospitals.sites(),
         models=hospitals.models,
         held_out=hospitals.held_out if config.evaluation.enabled else None,
-        state=folder.path.parent / ".sites",
+        state=folder.path.parent / SITES,
     ) as federation:
         run_id = submit.start(folder, pack(REPOSITORY), federation.control)
         if run_id is not None:
             submit.follow(folder, run_id, federation.control, folder.path / "processes")
+
+
+def _put_aside(folder: RunFolder, hospitals: Hospitals) -> None:
+    """Say where the audit logs of earlier keys went, if there were any."""
+    if aside := put_aside(folder.path.parent, hospitals.certs):
+        print(f"audit logs of earlier keys: {os.path.relpath(aside)}", flush=True)
 
 
 def _show(folder: RunFolder) -> str:

@@ -31,6 +31,7 @@ from client.policy import load_policy
 from client.textfile import Textfile
 from client.trainer import Trainer
 from demo.devices import Device
+from demo.earlier import SITES
 from demo.hospitals import Hospitals
 from demo.policy import render_policy
 from fedqlora.audit import AuditLog
@@ -79,7 +80,7 @@ def lay_out(
     steps = folder.config().training.steps
     sites = []
     for name, kind in zip(hospitals.names, kinds, strict=True):
-        state = folder.path.parent / ".sites" / name
+        state = folder.path.parent / SITES / name
         state.mkdir(parents=True, exist_ok=True)
         allowed = max(1, round(steps * kind.steps))
         text = render_policy(hospitals.digest(), steps=allowed)
@@ -167,7 +168,7 @@ def _evaluating(
         yield
         return
     identity = Identity.load(NAME, keys)
-    state = folder.path.parent / ".sites" / NAME
+    state = folder.path.parent / SITES / NAME
     server = listen(Service(identity, state, Scorer(held_out, models), (FedqloraError,)), socket)
     try:
         yield
