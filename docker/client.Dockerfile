@@ -53,7 +53,8 @@ COPY fedqlora fedqlora
 COPY client client
 # Enrolment: a site makes its keys, and checks what comes back, with nothing but this image.
 COPY certs certs
-RUN chmod -R a+rX . && python -m compileall -q .
+# Only what lacks a mode is changed: a change writes the file into this layer once more.
+RUN find . ! -perm -a=r -exec chmod a+rX {} + && python -m compileall -q .
 ARG DEVICE
 ARG VERSION=0.1.0
 ARG REVISION=unknown

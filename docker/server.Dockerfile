@@ -57,7 +57,8 @@ COPY certs certs
 COPY experiments experiments
 # What the Flower app that the centre ships to the sites takes from the client.
 COPY client/__init__.py client/app.py client/
-RUN chmod -R a+rX . && python -m compileall -q .
+# Only what lacks a mode is changed: a change writes the file into this layer once more.
+RUN find . ! -perm -a=r -exec chmod a+rX {} + && python -m compileall -q .
 ARG DEVICE
 ARG VERSION=0.1.0
 ARG REVISION=unknown
@@ -79,7 +80,7 @@ LABEL org.opencontainers.image.title="fedqlora-demo" \
 COPY --from=demo-dependencies /opt/demo /opt/fedqlora
 RUN ["/bin/bash", "-c", "install -d -o 10001 -g 10001 -m 0700 /deal /deal/{superlink,coordinator,evaluator,held-out,models,certs,root} /deal/sites /deal/sites/{a..z} /deal/sites/{a..z}/{supernode,trainer,data,policy}"]
 COPY demo demo
-RUN chmod -R a+rX demo && python -m compileall -q demo
+RUN find demo ! -perm -a=r -exec chmod a+rX {} + && python -m compileall -q demo
 USER 10001:10001
 
 FROM code AS server
