@@ -157,11 +157,13 @@ def test_resuming_a_run_that_is_going_follows_it_and_starts_no_second_one(
     hospitals: Hospitals,
 ) -> None:
     folder = hospitals.new_run(rounds=1, steps=60)
-    hospitals.start(folder)
+    run = hospitals.start(folder)
     hospitals.wait_until_training(folder, 1, "a")
     result = server(hospitals, "resume", folder.name)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "| federated    |" in result.stdout
+    # The folder says that it has finished before Flower knows that its run has ended.
+    hospitals.wait(run)
     assert runs_of(hospitals, folder) == ["completed"]
 
 
