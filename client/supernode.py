@@ -123,6 +123,7 @@ def run_supernode(arguments: argparse.Namespace) -> None:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
     }
 
+    from client.answers import Answers
     from client.enrolment import is_admitted, wait_until_enrolled
     from client.renewal import Renewal
 
@@ -149,6 +150,7 @@ def run_supernode(arguments: argparse.Namespace) -> None:
     from flwr.supernode.cli import flower_supernode
 
     Pauses(Beat(arguments.beat)).install()
+    Answers().install()
     if approved:
         allow_only(approved)
     Renewal(identities, certificate, accepts).start()
