@@ -251,9 +251,13 @@ check: install ## formatting, lint, types, generated stubs
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Files are dealt to workers whole: the tests of a file share their federation of processes.
+JOBS ?= 2
+in_parallel = -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 .PHONY: test
-test: install ## everything that needs no container engine
-	$(BIN)/python -m pytest -q -m 'not containers and not gpu'
+test: install ## everything that needs no container engine (JOBS=2)
+	$(BIN)/python -m pytest -q -m 'not containers and not gpu' $(in_parallel)
 
 .PHONY: test-containers
 test-containers: install images ## images, a cluster, a short run, its boundary, two failures (needs an engine)
@@ -269,7 +273,7 @@ test-gpu: install ## what only a GPU shows (needs a CUDA device)
 
 .PHONY: test-fast
 test-fast: install ## the tests that take seconds
-	$(BIN)/python -m pytest -q -m 'not slow and not containers and not gpu'
+	$(BIN)/python -m pytest -q -m 'not slow and not containers and not gpu' $(in_parallel)
 
 .PHONY: benchmarks
 benchmarks: install ## the figures of the README, as ratios

@@ -1,7 +1,8 @@
 """A folder that is followed: what was read last and found good is used until something better.
 
-Nothing is watched: whoever needs the content asks for it, and a change on the disk is noticed
-then, by names, sizes and times of the files. A bad change keeps what was good before.
+Whoever needs the content asks for it, and a change on the disk is noticed then, by names, sizes
+and times of the files. A bad change keeps what was good before. `keep_following` asks by itself,
+for a process that may go for hours without a need, so that a bad change is named when it happens.
 """
 
 from __future__ import annotations
@@ -77,6 +78,16 @@ class Followed(Generic[Content]):
                 self._seen = stamp
                 self._reload()
             return self._good
+
+    def keep_following(self, pause_seconds: float) -> None:
+        """Looks again and again in a thread of its own, until the process ends."""
+
+        def look() -> None:
+            while True:
+                time.sleep(pause_seconds)
+                self.follow()
+
+        threading.Thread(target=look, name="followed", daemon=True).start()
 
     def _reload(self) -> None:
         try:

@@ -36,6 +36,7 @@ logger = logging.getLogger("server")
 
 SECRET_BYTES = 32
 SHUTDOWN_SECONDS = 5
+LOOK_SECONDS = 2.0
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -183,6 +184,8 @@ def run_superlink(arguments: argparse.Namespace) -> None:
     serve_mutual_tls(identities)
     admission.install()
     serve_http_from(identities)
+    # Handshakes ask too, but sites that stay connected make none.
+    identities.keep_following(LOOK_SECONDS)
     if arguments.metrics:
         serve_metrics(SuperLinkMetrics(identities, admission), arguments.metrics)
     logger.info(

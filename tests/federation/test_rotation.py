@@ -21,9 +21,9 @@ pytestmark = pytest.mark.slow
 LONG = 200
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
-    """Hospitals of a test's own, whose keys it may change."""
+    """Hospitals of these tests' own, whose keys they may change."""
     with running_hospitals(tmp_path_factory.mktemp("rotation")) as running:
         yield running
 

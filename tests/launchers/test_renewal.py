@@ -323,6 +323,17 @@ def test_a_garbage_certificate_in_mid_round_costs_nothing(
 
 
 @pytest.mark.slow
+def test_a_garbage_certificate_of_the_superlink_is_named_though_nobody_dials(
+    changing: LocalFederation, keys: Path
+) -> None:
+    folder = keys / "superlink"
+    good = (folder / "current" / "server.crt").read_bytes()
+    rotate(folder, {"server.crt": b"garbage"})
+    wait_for_line(changing, "superlink", "the new one is bad")
+    rotate(folder, {"server.crt": good})
+
+
+@pytest.mark.slow
 def test_a_revoked_site_loses_its_session_at_once_and_is_told_why(
     changing: LocalFederation, keys: Path, echo_app: Path
 ) -> None:
