@@ -33,6 +33,7 @@ from fedqlora.adapter import Adapter, subtract
 from fedqlora.config import TrainingConfig
 from fedqlora.engine.batch import Microbatch, count_targets
 from fedqlora.engine.data import Tokenized
+from fedqlora.engine.gradients import check_gradients
 from fedqlora.engine.loss import compute_logits, plan_batches
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.persample import UnitGradients
@@ -198,6 +199,7 @@ def check_exactness(base: BaseModel, config: TrainingConfig) -> None:
     Raises:
         PrivacyError: names the first layer whose gradient of one example in a batch differs from
             that of the example alone.
+        ModelError: names a layer whose adapter the loss does not reach.
     """
     for name, module in base.model.named_modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
@@ -219,6 +221,7 @@ def check_exactness(base: BaseModel, config: TrainingConfig) -> None:
     base.model.eval()
     try:
         together, _ = unit_gradients(base, [[e] for e in made], config)
+        check_gradients(together)
         for place, example in enumerate(made):
             alone, _ = unit_gradients(base, [[example]], config)
             flat = sum(float(gradient.square().sum()) for gradient in alone.values()) ** 0.5
