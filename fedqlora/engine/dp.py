@@ -158,14 +158,16 @@ def sum_clipped(
     loss = 0.0
     for group in _group_units(units, base.family, config.microbatch_tokens):
         gradients, part = unit_gradients(base, group, config)
-        squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
+        # Of a spread model the layers are on several GPUs.
+        parts = [g.flatten(1).square().sum(1).to(base.device) for g in gradients.values()]
+        squares = torch.stack(parts).sum(0)
         factors = (clip_norm / squares.sqrt()).clamp(max=1.0)
         # Past float32's range a square is not finite though the gradient is: zero is safe.
         factors = torch.where(squares.isfinite() & (squares > 0), factors, 0.0)
         for name, gradient in gradients.items():
             # Not finite times zero is not zero.
             clean = gradient.nan_to_num_(0.0, 0.0, 0.0)
-            total[name] += torch.tensordot(factors, clean, dims=1)
+            total[name] += torch.tensordot(factors.to(clean.device), clean, dims=1)
         loss += part
     return total, loss
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class BaseModel:
         tokenizer: the base's own tokenizer.
         family: `causal` or `seq2seq`, from the base's config.
         folder: where the base was loaded from.
-        device: where it computes.
+        device: where it computes; of a spread model, where it takes its inputs.
         compute_dtype: what matrices are multiplied in.
         packs: filled by the first batch: whether packed examples stay apart (batch.py).
         separable: set by dp.py once examples' gradients were seen to be told apart exactly.
@@ -85,6 +85,7 @@ class BaseModel:
         model: ModelConfig,
         lora: LoraConfig,
         device: torch.device | None = None,
+        memory: Mapping[int, int] | None = None,
     ) -> BaseModel:
         """Load, quantize and prepare a base model.
 
@@ -97,15 +98,20 @@ class BaseModel:
             model: quantization and compute type.
             lora: the adapter.
             device: where it computes; None takes a GPU where there is one.
+            memory: free bytes of each GPU that the base is spread over; None: all on `device`.
 
         Raises:
-            ModelError: the folder holds no usable checkpoint or tokenizer, or the base lacks
-                a layer that the adapter targets.
+            ModelError: the folder holds no usable checkpoint or tokenizer, the base does not fit,
+                or it lacks a layer that the adapter targets.
         """
         device = choose_device() if device is None else device
         dtype = choose_dtype(model.compute_dtype, device)
         base, tokenizer, family = load_checkpoint(
-            folder, dtype=dtype, device=device, quantized=model.quantization == "nf4"
+            folder,
+            dtype=dtype,
+            device=device,
+            quantized=model.quantization == "nf4",
+            memory=memory,
         )
         for module in base.modules():
             if isinstance(module, Linear4bit):
@@ -123,6 +129,12 @@ class BaseModel:
             sum(p.numel() for p in tuned.parameters() if p.requires_grad),
         )
         return cls(tuned, tokenizer, family, folder, device, dtype)
+
+    @property
+    def gpus(self) -> list[torch.device]:
+        """Every GPU that holds a part of it."""
+        used = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
+        return sorted(used, key=str)
 
     def spec(self) -> AdapterSpec:
         """Names and shapes of the adapter on this base."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,18 +11,31 @@ import torch
 import transformers
 
 from fedqlora.engine.architectures import architecture_of
+from fedqlora.engine.placement import place
 from fedqlora.errors import ModelError
 
 Family = Literal["causal", "seq2seq"]
 
 
 def load_checkpoint(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, quantized: bool
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantized: bool,
+    memory: Mapping[int, int] | None = None,
 ) -> tuple[Any, Any, Family]:
     """Load (model, tokenizer, family) from a folder: safetensors only, no code of the model's.
 
+    Args:
+        folder: a checkpoint folder.
+        dtype: of what is not in 4 bits.
+        device: where it computes.
+        quantized: whether linear layers are put into 4 bits.
+        memory: free bytes of each GPU that it is spread over; None puts all of it on `device`.
+
     Raises:
-        ModelError: the folder holds no usable checkpoint or tokenizer.
+        ModelError: the folder holds no usable checkpoint or tokenizer, or it does not fit.
     """
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -40,11 +54,17 @@ def load_checkpoint(
             else transformers.AutoModelForCausalLM
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        places: dict[str, Any] = {"": device}
+        if memory is not None:
+            kept = architecture.unquantized
+            places = {
+                **place(auto, config, memory, dtype=dtype, quantized=quantized, unquantized=kept)
+            }
         model = auto.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
-            device_map={"": device},
+            device_map=places,
             quantization_config=_nf4(dtype, architecture.unquantized) if quantized else None,
             use_safetensors=True,
             trust_remote_code=False,

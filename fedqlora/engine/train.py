@@ -92,11 +92,10 @@ def train(
     parameters = base.trainable()
     optimizer = make_optimizer(list(parameters.values()), config, base.device)
     draw = _draw_examples(len(usable), _derive_seed(seed, site, round_, "order"))
-    devices = [base.device] if base.device.type == "cuda" else []
     loss = 0.0
     tokens = 0
     started = time.perf_counter()
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=base.gpus):
         torch.manual_seed(_derive_seed(seed, site, round_, "dropout"))
         bar = tqdm(range(config.steps), desc=f"round {round_}", disable=not sys.stderr.isatty())
         for step in bar:
