@@ -31,7 +31,7 @@ from fedqlora.codec import decode, encode
 from fedqlora.config import RunConfig
 from fedqlora.engine.base import resolve_base
 from fedqlora.engine.data import Tokenized
-from fedqlora.engine.device import add_device_options, choose_device
+from fedqlora.engine.device import add_device_options, open_devices
 from fedqlora.engine.dp import Unit, check_exactness, group_units, train_privately
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.service import Identity, Service, serve
@@ -340,7 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
             feedback=Feedback(options.state / "feedback"),
             textfile=Textfile(options.state / "metrics.prom", audit),
             budget=Budget(options.site, options.state, policy, identity.key),
-            warm=WarmModel(choose_device(options.device, options.memory_fraction)),
+            warm=WarmModel(*open_devices(options)),
         )
         audit.append("started", release=VERSION)
         audit.sign_head()

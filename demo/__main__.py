@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from certs.files import CertificateError
-from demo.data import count_chapters
 from demo.devices import SAME, Devices, assign, load_devices
 from demo.earlier import SITES, put_aside
 from demo.hospitals import Hospitals
@@ -160,7 +159,7 @@ def _create(
     runs: Path, config: RunConfig, hospitals: Hospitals, facts: Mapping[str, object]
 ) -> RunFolder:
     """A new run folder that knows who holds what: only a demo's centre can."""
-    skew = count_chapters(hospitals.data, hospitals.names)
+    skew = hospitals.skew()
     folder = RunFolder.create(runs, config)
     folder.write_json("demo.json", {"sites": len(hospitals.names), **facts})
     folder.write_json("skew.json", skew)

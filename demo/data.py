@@ -12,21 +12,18 @@ both; the same seed and number of sites write the same bytes.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
-import shutil
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from demo.codes import CHAPTERS, Text, categories, group, read_codes, read_wordings
+from demo.layout import write_layout
 from demo.names import MOST_SITES, site_names
 from demo.partition import PARTITIONS, Partition, Row, split
-from fedqlora.errors import DataError, FedqloraError
+from fedqlora.errors import FedqloraError
 
 TRAINING_TEXTS = 160
 HELD_OUT_CODES = 18
@@ -131,53 +128,13 @@ def make_data(
     """
     task = make_task(seed)
     hospitals = deal(task.training, sites, seed, partition)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        try:
-            for name, rows in hospitals.items():
-                _write_rows(building / name / "records.jsonl", rows)
-            held_out = building / "held-out"
-            _write_rows(held_out / "codes.jsonl", [make_row(text) for text in task.codes])
-            _write_rows(held_out / "wordings.jsonl", [make_row(text) for text in task.wordings])
-            choices = {"chapter": list(CHAPTERS.values()), "category": categories()}
-            (held_out / "choices.json").write_text(json.dumps(choices), encoding="utf-8")
-            building.chmod(0o755)
-            shutil.rmtree(out, ignore_errors=True)
-            os.replace(building, out)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-    except OSError as error:
-        raise DataError(
-            f"{out} cannot be written ({error.strerror}); free it or name another"
-        ) from None
+    held_out = {
+        "codes": [make_row(text) for text in task.codes],
+        "wordings": [make_row(text) for text in task.wordings],
+    }
+    choices = {"chapter": list(CHAPTERS.values()), "category": categories()}
+    write_layout(out, hospitals, held_out, choices)
     return hospitals
-
-
-def _write_rows(path: Path, rows: Sequence[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(lines, encoding="utf-8")
-
-
-def count_chapters(folder: Path, sites: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Hospital -> chapter -> number of its records, of data that `make_data` wrote.
-
-    Raises:
-        DataError: a file is missing or damaged.
-    """
-    counts = {}
-    for site in sites:
-        path = folder / site / "records.jsonl"
-        try:
-            with path.open(encoding="utf-8") as file:
-                found = Counter(json.loads(line)["chapter"] for line in file)
-        except (OSError, ValueError, KeyError):
-            raise DataError(
-                f"{path} cannot be read; remove {folder}, and the next demo makes it anew"
-            ) from None
-        counts[site] = {chapter: found[chapter] for chapter in CHAPTERS.values()}
-    return counts
 
 
 def describe(hospitals: dict[str, list[Row]]) -> str:

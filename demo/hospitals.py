@@ -1,17 +1,25 @@
-"""The demo's hospitals: their certificates, records, policies and the shared base model."""
+"""The demo's hospitals: their certificates, records, policies and the shared base model.
+
+An experiment that is a story (demo/stories.py) has the story's records, and a base model from the
+hub; every other has the ICD-10 texts and a base model of the demo's.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from client.fetch import fetch
 from demo.commands import LocalSite
 from demo.data import describe, make_data
 from demo.keys import make_keys
+from demo.layout import count_labels
 from demo.model import MODELS
 from demo.names import LETTERS, MOST_SITES, site_names
 from demo.partition import Partition
 from demo.picture import draw
 from demo.policy import render_policy
+from demo.stories import STORIES, make_story
+from demo.stories import describe as describe_story
 from fedqlora.config import RunConfig
 from fedqlora.engine.base import base_digest
 from fedqlora.errors import ConfigError
@@ -40,7 +48,8 @@ class Hospitals:
         *,
         simulated: bool = False,
     ) -> None:
-        if config.model.base not in MODELS:
+        self._story = STORIES.get(config.name)
+        if self._story is None and config.model.base not in MODELS:
             raise ConfigError(
                 f"the demo has the base models {', '.join(MODELS)} only, not {config.model.base}; "
                 "set model.base to one of them"
@@ -49,7 +58,8 @@ class Hospitals:
         self.certs = home / ".cache" / "simulation" / "certs" if simulated else home / "certs/out"
         self._base = config.model.base
         self.models = home / ".cache" / "models"
-        self.data = home / ".cache" / "icd10" / f"{count}-sites-seed-{config.seed}-{partition}"
+        kind = "icd10" if self._story is None else config.name
+        self.data = home / ".cache" / kind / f"{count}-sites-seed-{config.seed}-{partition}"
         self._seed = config.seed
         self._partition = partition
 
@@ -74,15 +84,16 @@ class Hospitals:
 
         Raises:
             CertificateError: the certificates that are there have expired or do not fit.
-            FedqloraError: model or records cannot be made.
+            FedqloraError: model or records cannot be made or fetched.
         """
-        if MODELS[self._base](self.models / self._base):
+        if self._base in MODELS:
+            made = MODELS[self._base](self.models / self._base)
+        else:
+            _, made = fetch(self._base, self.models)
+        if made:
             print(f"made base model {self._base}", flush=True)
         if not self.data.exists():
-            dealt = make_data(self.data, len(self.names), self._seed, self._partition)
-            picture = self.data / "deal.svg"
-            draw(dealt, picture)
-            print(f"{describe(dealt)}\npicture: {picture}", flush=True)
+            print(self._deal(), flush=True)
         advice = (
             "`make verify-certs` shows all, and in development the folder can be removed: the "
             "next run makes it anew"
@@ -95,6 +106,22 @@ class Hospitals:
             # A hospital's own edits stay; a new base model needs a new approval.
             if not policy.exists() or digest not in policy.read_text(encoding="utf-8"):
                 policy.write_text(render_policy(digest), encoding="utf-8")
+
+    def _deal(self) -> str:
+        """Deal the records; returns what to say about it."""
+        count = len(self.names)
+        if self._story is not None:
+            dealt = make_story(self._story, self.data, count, self._seed, self._partition)
+            return describe_story(dealt, self._story.label)
+        dealt = make_data(self.data, count, self._seed, self._partition)
+        picture = self.data / "deal.svg"
+        draw(dealt, picture)
+        return f"{describe(dealt)}\npicture: {picture}"
+
+    def skew(self) -> dict[str, dict[str, int]]:
+        """How many records of each label each hospital has."""
+        label = "chapter" if self._story is None else self._story.label
+        return count_labels(self.data, self.names, label)
 
     def digest(self) -> str:
         """The base model's digest, for a policy."""

@@ -1,4 +1,4 @@
-"""Partition: ways to deal the demo's texts to hospitals, most of them by flwr-datasets."""
+"""Partition: ways to deal rows to sites, most of them by flwr-datasets."""
 
 from __future__ import annotations
 
@@ -38,22 +38,32 @@ SMALLEST_OF_MANY = 10
 Row = dict[str, str]
 
 
-def split(rows: list[Row], sites: int, partition: Partition, seed: int) -> list[list[Row]]:
+def split(
+    rows: list[Row],
+    sites: int,
+    partition: Partition,
+    seed: int,
+    *,
+    label: str = "chapter",
+    group: str = "category",
+) -> list[list[Row]]:
     """Each hospital's rows; a row goes to one hospital.
 
     `label` leaves out what does not fill a run of equal length: fewer than two rows a hospital.
 
     Args:
-        rows: with the columns `chapter` and `category`.
+        rows: with the columns `label` and `group`.
         sites: number of hospitals.
         partition: how they are dealt.
         seed: where there is a draw.
+        label: the column whose values hospitals see more or less of.
+        group: the column whose values stay together in `natural`.
 
     Raises:
         ConfigError: a hospital would get fewer than the least number of rows.
     """
     smallest = SMALLEST_SITE if sites <= LETTERS else SMALLEST_OF_MANY
-    partitioner = _make_partitioner(rows, sites, partition, seed, smallest)
+    partitioner = _make_partitioner(rows, sites, partition, seed, smallest, label, group)
     dataset = Dataset.from_list(rows)
     # These two take consecutive rows, which come chapter by chapter.
     partitioner.dataset = (
@@ -69,16 +79,20 @@ def split(rows: list[Row], sites: int, partition: Partition, seed: int) -> list[
     except ValueError:
         parts = []
     if min(map(len, parts), default=0) < smallest:
-        raise ConfigError(
-            f"{sites} hospitals cannot all get {smallest} records; choose fewer SITES"
-        )
+        raise ConfigError(f"{sites} sites cannot all get {smallest} records; choose fewer SITES")
     return parts
 
 
 def _make_partitioner(
-    rows: list[Row], sites: int, partition: Partition, seed: int, smallest: int
+    rows: list[Row],
+    sites: int,
+    partition: Partition,
+    seed: int,
+    smallest: int,
+    label: str,
+    group: str,
 ) -> Partitioner:
-    named: dict[str, Any] = {"num_partitions": sites, "partition_by": "chapter", "seed": seed}
+    named: dict[str, Any] = {"num_partitions": sites, "partition_by": label, "seed": seed}
     if partition == "dirichlet":
         # With the same alpha most of a hundred hospitals would get next to nothing.
         alpha = ALPHA * max(1.0, sites / LETTERS)
@@ -88,9 +102,9 @@ def _make_partitioner(
     if partition == "label":
         return ShardPartitioner(**named, num_shards_per_partition=2)
     if partition == "natural":
-        categories = len({row["category"] for row in rows})
-        size = max(1, categories // sites)
-        return GroupedNaturalIdPartitioner("category", group_size=size, mode="allow-bigger")
+        groups = len({row[group] for row in rows})
+        size = max(1, groups // sites)
+        return GroupedNaturalIdPartitioner(group, group_size=size, mode="allow-bigger")
     if partition == "quantity":
         return LinearPartitioner(num_partitions=sites)
     return StratifiedPartitioner(**named)

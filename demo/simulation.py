@@ -169,7 +169,9 @@ def _evaluating(
         return
     identity = Identity.load(NAME, keys)
     state = folder.path.parent / SITES / NAME
-    server = listen(Service(identity, state, Scorer(held_out, models), (FedqloraError,)), socket)
+    server = listen(
+        Service(identity, state, Scorer(held_out, models, WarmModel()), (FedqloraError,)), socket
+    )
     try:
         yield
     finally:

@@ -47,9 +47,10 @@ class LoraConfig(Section):
     """The update is scaled by alpha/rank, or alpha/sqrt(rank) with rslora."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability of dropping an input of A while training."""
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of the modules that get an adapter (suffix match), or every linear layer but
-    the output head."""
+    targets: Literal["auto", "all-linear"] | tuple[str, ...] = "auto"
+    """Names of the linear layers that get an adapter (suffix match). `auto`: those that suit the
+    architecture, which are all but the output head in a transformer and fewer in state-space
+    models and mixtures of experts (engine/architectures.py). `all-linear`: all but the head."""
     rslora: bool = False
     """Rank-stabilised scaling (arXiv 2312.03732)."""
     dora: bool = False

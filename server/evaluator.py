@@ -11,13 +11,11 @@ import logging
 import sys
 from pathlib import Path
 
-import torch
-
 from fedqlora import protocol_pb2 as pb
 from fedqlora.codec import decode
 from fedqlora.config import RunConfig
 from fedqlora.engine.base import resolve_base
-from fedqlora.engine.device import add_device_options, choose_device
+from fedqlora.engine.device import add_device_options, open_devices
 from fedqlora.engine.evaluate import evaluate, load_held_out
 from fedqlora.engine.service import Identity, Service, serve
 from fedqlora.engine.warm import WarmModel
@@ -33,13 +31,13 @@ class Scorer:
     Args:
         held_out: folder with the held-out set.
         models: folder of base models.
-        device: where it computes; None takes a GPU where there is one.
+        warm: where the base model stays loaded.
     """
 
-    def __init__(self, held_out: Path, models: Path, device: torch.device | None = None) -> None:
+    def __init__(self, held_out: Path, models: Path, warm: WarmModel) -> None:
         self._held_out = held_out
         self._models = models
-        self._warm = WarmModel(device)
+        self._warm = warm
 
     def perform(
         self,
@@ -83,8 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
         identity = Identity.load(NAME, options.keys)
-        device = choose_device(options.device, options.memory_fraction)
-        scorer = Scorer(options.held_out, options.models, device)
+        scorer = Scorer(options.held_out, options.models, WarmModel(*open_devices(options)))
         # Everything here is the coordinator's own, so every error may be said in full.
         service = Service(identity, options.state / "window", scorer, (FedqloraError,))
         serve(service, options.socket)

@@ -13,7 +13,7 @@ logger = logging.getLogger("fedqlora")
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
-    """`--device` and `--memory-fraction`, for `choose_device`."""
+    """`--device`, `--memory-fraction` and `--shard`, for `open_devices`."""
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -26,6 +26,38 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="at most this share of the GPU's memory, above 0 and up to 1: for a shared GPU",
     )
+    parser.add_argument(
+        "--shard",
+        action="store_true",
+        help="spread a base model that no one GPU holds over all GPUs that this process sees",
+    )
+
+
+def open_devices(options: argparse.Namespace) -> tuple[torch.device, dict[int, int] | None]:
+    """What `add_device_options` asked for.
+
+    Returns:
+        The device that inputs go to, and with `--shard` the free bytes of each GPU by its number.
+
+    Raises:
+        ConfigError: a GPU that was asked for is not there, or an option is out of range.
+    """
+    device = choose_device(options.device, options.memory_fraction)
+    if not options.shard:
+        return device, None
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if count < 2:
+        raise ConfigError(
+            f"--shard spreads a base model over several GPUs and this process sees {count}; give "
+            "it more, or leave --shard out"
+        )
+    share = 1.0 if options.memory_fraction is None else options.memory_fraction
+    memory = {}
+    for gpu in range(count):
+        free, total = torch.cuda.mem_get_info(gpu)
+        torch.cuda.set_per_process_memory_fraction(share, gpu)
+        memory[gpu] = min(free, int(total * share))
+    return torch.device("cuda", 0), memory
 
 
 def choose_device(name: str = "auto", memory_fraction: float | None = None) -> torch.device:

@@ -33,6 +33,7 @@ from fedqlora.adapter import Adapter, subtract
 from fedqlora.config import TrainingConfig
 from fedqlora.engine.batch import Microbatch, count_targets
 from fedqlora.engine.data import Tokenized
+from fedqlora.engine.gradients import check_gradients
 from fedqlora.engine.loss import compute_logits, plan_batches
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.persample import UnitGradients
@@ -157,14 +158,16 @@ def sum_clipped(
     loss = 0.0
     for group in _group_units(units, base.family, config.microbatch_tokens):
         gradients, part = unit_gradients(base, group, config)
-        squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
+        # Of a spread model the layers are on several GPUs.
+        parts = [g.flatten(1).square().sum(1).to(base.device) for g in gradients.values()]
+        squares = torch.stack(parts).sum(0)
         factors = (clip_norm / squares.sqrt()).clamp(max=1.0)
         # Past float32's range a square is not finite though the gradient is: zero is safe.
         factors = torch.where(squares.isfinite() & (squares > 0), factors, 0.0)
         for name, gradient in gradients.items():
             # Not finite times zero is not zero.
             clean = gradient.nan_to_num_(0.0, 0.0, 0.0)
-            total[name] += torch.tensordot(factors, clean, dims=1)
+            total[name] += torch.tensordot(factors.to(clean.device), clean, dims=1)
         loss += part
     return total, loss
 
@@ -198,6 +201,7 @@ def check_exactness(base: BaseModel, config: TrainingConfig) -> None:
     Raises:
         PrivacyError: names the first layer whose gradient of one example in a batch differs from
             that of the example alone.
+        ModelError: names a layer whose adapter the loss does not reach.
     """
     for name, module in base.model.named_modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
@@ -219,6 +223,7 @@ def check_exactness(base: BaseModel, config: TrainingConfig) -> None:
     base.model.eval()
     try:
         together, _ = unit_gradients(base, [[e] for e in made], config)
+        check_gradients(together)
         for place, example in enumerate(made):
             alone, _ = unit_gradients(base, [[example]], config)
             flat = sum(float(gradient.square().sum()) for gradient in alone.values()) ** 0.5

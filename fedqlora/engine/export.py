@@ -14,8 +14,10 @@ from typing import Any
 import peft
 import torch
 import transformers
+from peft.tuners.lora import LoraLayer
 
-from fedqlora.engine.model import load_checkpoint
+from fedqlora.engine.architectures import architecture_of
+from fedqlora.engine.pretrained import load_checkpoint
 from fedqlora.errors import CheckpointError, ModelError
 
 
@@ -30,14 +32,18 @@ def merge(folder: Path, adapter_folder: Path, out: Path) -> None:
         out: the folder to make; must not exist.
 
     Raises:
-        ModelError: base or adapter cannot be loaded, or do not fit each other.
+        ModelError: base or adapter cannot be loaded, do not fit each other, or cannot be merged.
         CheckpointError: `out` exists or cannot be written.
     """
     if out.exists():
         raise CheckpointError(f"{out} already exists; name a new folder or remove it")
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model, tokenizer = _load_tuned(folder, adapter_folder, torch.device("cpu"))
+    _check_mergeable(model)
     merged = model.merge_and_unload(safe_merge=True).to(config.dtype or torch.float32)
+    # What training needed otherwise is the base's own again.
+    changed = architecture_of(config.model_type).settings
+    merged.config.update({name: getattr(config, name) for name in changed})
     partial = out.parent / f".{out.name}.{os.getpid()}.partial"
     try:
         partial.mkdir(parents=True)
@@ -94,6 +100,8 @@ def _load_tuned(folder: Path, adapter_folder: Path, device: torch.device) -> tup
             # PEFT 0.21.2 reads a property that transformers 5.23 has renamed, and reports a
             # name that does not fit only by a warning.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+            # GPT-2's layers are stored transposed, which PEFT sees and mends by itself.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             warnings.filterwarnings("error", message="Found missing adapter keys")
             model = peft.PeftModel.from_pretrained(base, adapter_folder)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, UserWarning) as error:
@@ -103,6 +111,20 @@ def _load_tuned(folder: Path, adapter_folder: Path, device: torch.device) -> tup
             "name the base that it was trained on"
         ) from error
     return model, tokenizer
+
+
+def _check_mergeable(model: Any) -> None:
+    """Refuse two adapters on one weight, which would both be added to it for both places."""
+    modules = model.get_base_model().named_modules()
+    layers: dict[str, Any] = {name: m for name, m in modules if isinstance(m, LoraLayer)}
+    seen: dict[int, str] = {}
+    for name, layer in layers.items():
+        other = seen.setdefault(layer.get_base_layer().weight.data_ptr(), name)
+        if other != name:
+            raise ModelError(
+                f"{other} and {name} share one weight, into which their two adapters cannot be "
+                "merged; load the adapter beside the base with PEFT instead"
+            )
 
 
 def _generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:

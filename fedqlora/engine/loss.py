@@ -135,7 +135,9 @@ def _kept(base: BaseModel, keep: Tensor) -> Iterator[None]:
         )
 
     def select(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].flatten(0, 1).index_select(0, keep), *args[1:])
+        # Of a spread model the head is on the last GPU, and the batch on the first.
+        hidden = args[0].flatten(0, 1)
+        return (hidden.index_select(0, keep.to(hidden.device)), *args[1:])
 
     hook = head.register_forward_pre_hook(select)
     try:

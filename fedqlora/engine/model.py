@@ -7,20 +7,16 @@ sets another adapter on the same base.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 import sys
-import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import peft
 import torch
-import transformers
 from bitsandbytes.nn.modules import Linear4bit
 from peft.helpers import disable_input_dtype_casting
 
@@ -28,15 +24,19 @@ from fedqlora.adapter import Adapter, AdapterSpec, check_residual, check_update,
 from fedqlora.config import LoraConfig, ModelConfig
 from fedqlora.engine.base import base_digest, resolve_base
 from fedqlora.engine.device import choose_device
-from fedqlora.errors import ModelError
+from fedqlora.engine.lora import (
+    ADAPTER,
+    RESIDUAL,
+    adapter_tensors,
+    add_adapter,
+    named_tensors,
+    replace_residual,
+)
+from fedqlora.engine.pretrained import Family, choose_dtype, load_checkpoint
 
 __all__ = ["BaseModel", "Family", "base_digest", "resolve_base"]
 
 logger = logging.getLogger("fedqlora")
-
-Family = Literal["causal", "seq2seq"]
-
-_ADAPTER, _RESIDUAL = "default", "residual"
 
 
 class BaseModel:
@@ -47,7 +47,7 @@ class BaseModel:
         tokenizer: the base's own tokenizer.
         family: `causal` or `seq2seq`, from the base's config.
         folder: where the base was loaded from.
-        device: where it computes.
+        device: where it computes; of a spread model, where it takes its inputs.
         compute_dtype: what matrices are multiplied in.
         packs: filled by the first batch: whether packed examples stay apart (batch.py).
         separable: set by dp.py once examples' gradients were seen to be told apart exactly.
@@ -71,7 +71,7 @@ class BaseModel:
         self.packs: bool | None = None
         self._residual_rank = 0
         self.separable = False
-        self._tensors = _adapter_tensors(model)
+        self._tensors = adapter_tensors(model)
         self._given = {
             name: value.copy()
             for name, value in self.get_adapter().items()
@@ -85,6 +85,7 @@ class BaseModel:
         model: ModelConfig,
         lora: LoraConfig,
         device: torch.device | None = None,
+        memory: Mapping[int, int] | None = None,
     ) -> BaseModel:
         """Load, quantize and prepare a base model.
 
@@ -97,22 +98,27 @@ class BaseModel:
             model: quantization and compute type.
             lora: the adapter.
             device: where it computes; None takes a GPU where there is one.
+            memory: free bytes of each GPU that the base is spread over; None: all on `device`.
 
         Raises:
-            ModelError: the folder holds no usable checkpoint or tokenizer, or the base lacks
-                a layer that the adapter targets.
+            ModelError: the folder holds no usable checkpoint or tokenizer, the base does not fit,
+                or it lacks a layer that the adapter targets.
         """
         device = choose_device() if device is None else device
-        dtype = _compute_dtype(model.compute_dtype, device)
+        dtype = choose_dtype(model.compute_dtype, device)
         base, tokenizer, family = load_checkpoint(
-            folder, dtype=dtype, device=device, quantized=model.quantization == "nf4"
+            folder,
+            dtype=dtype,
+            device=device,
+            quantized=model.quantization == "nf4",
+            memory=memory,
         )
         for module in base.modules():
             if isinstance(module, Linear4bit):
                 # Otherwise the first evaluation on a CPU with AVX512-BF16 repacks the weights in
                 # place, and training afterwards loses the gradient through the base.
                 module.support_avx512bf16_for_cpu = False
-        tuned = _add_adapter(base, lora, family)
+        tuned = add_adapter(base, lora, family)
         logger.info(
             "base model %s: %s, %s, %s on %s, %d adapter parameters",
             folder.name,
@@ -123,6 +129,12 @@ class BaseModel:
             sum(p.numel() for p in tuned.parameters() if p.requires_grad),
         )
         return cls(tuned, tokenizer, family, folder, device, dtype)
+
+    @property
+    def gpus(self) -> list[torch.device]:
+        """Every GPU that holds a part of it."""
+        used = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
+        return sorted(used, key=str)
 
     def spec(self) -> AdapterSpec:
         """Names and shapes of the adapter on this base."""
@@ -165,14 +177,14 @@ class BaseModel:
         """Load a checked residual as a second active adapter, in place of the last one."""
         rank = rank_of(residual)
         if rank != self._residual_rank:
-            _replace_residual(self.model, rank)
+            replace_residual(self.model, rank)
             self._residual_rank = rank
         if rank == 0:
             return
         # This makes the tensors of both adapters trainable.
-        self.model.base_model.set_adapter([_ADAPTER, _RESIDUAL])
+        self.model.base_model.set_adapter([ADAPTER, RESIDUAL])
         with torch.no_grad():
-            for name, tensor in _named_tensors(self.model, _RESIDUAL).items():
+            for name, tensor in named_tensors(self.model, RESIDUAL).items():
                 tensor.requires_grad_(False)
                 value = torch.from_numpy(np.ascontiguousarray(residual[name]))
                 tensor.zero_()
@@ -219,125 +231,3 @@ class BaseModel:
                 flat = tensor.detach().cpu().contiguous().reshape(-1)
                 digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
-
-
-def load_checkpoint(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, quantized: bool
-) -> tuple[Any, Any, Family]:
-    """Load (model, tokenizer, family) from a folder: safetensors only, no code of the model's.
-
-    Raises:
-        ModelError: the folder holds no usable checkpoint or tokenizer.
-    """
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-    quantization = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if getattr(config, "quantization_config", None):
-            raise ModelError(
-                f"base model {folder.name} is already quantized; name the unquantized checkpoint"
-            )
-        family: Family = "seq2seq" if config.is_encoder_decoder else "causal"
-        auto = (
-            transformers.AutoModelForSeq2SeqLM
-            if family == "seq2seq"
-            else transformers.AutoModelForCausalLM
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = auto.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=quantization if quantized else None,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise ModelError(
-            f"base model {folder.name} cannot be loaded ({reason}); give a folder with "
-            "config.json, *.safetensors and the tokenizer's files"
-        ) from error
-    return model, tokenizer, family
-
-
-def _compute_dtype(
-    name: Literal["auto", "bfloat16", "float32"], device: torch.device
-) -> torch.dtype:
-    """The dtype that `ModelConfig.compute_dtype` means on this device."""
-    if name == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            has = torch.cpu.get_capabilities()
-            native = bool(has.get("amx_bf16") or has.get("avx512_bf16"))
-        name = "bfloat16" if native else "float32"
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
-
-
-def _add_adapter(base: Any, lora: LoraConfig, family: Family) -> Any:
-    """The PEFT model; refuses targets that the base lacks."""
-    if lora.targets != "all-linear":
-        names = [name for name, _ in base.named_modules()]
-        missing = [t for t in lora.targets if not any(f".{n}".endswith(f".{t}") for n in names)]
-        if missing:
-            raise ModelError(
-                f"lora.targets names layers that {type(base).__name__} lacks: "
-                f"{', '.join(missing)}; name its own or use all-linear"
-            )
-    config = peft.LoraConfig(
-        task_type="SEQ_2_SEQ_LM" if family == "seq2seq" else "CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type] # any number works
-        lora_dropout=lora.dropout,
-        target_modules=lora.targets if lora.targets == "all-linear" else list(lora.targets),
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
-        bias="none",
-    )
-    try:
-        with warnings.catch_warnings():
-            # PEFT 0.21.2 reads a property that transformers 5.23 has renamed.
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
-            return peft.get_peft_model(base, config)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise ModelError(
-            f"{type(base).__name__} cannot carry the adapter ({reason}); change lora.targets"
-        ) from error
-
-
-def _adapter_tensors(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The trainable parameters under the names of PEFT's state dict, sorted by name."""
-    tensors = _named_tensors(model, _ADAPTER)
-    if sum(p.requires_grad for p in model.parameters()) != len(tensors):
-        raise ModelError("a weight of the base model is trainable; report this as a bug")
-    if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
-        raise ModelError("the adapter's weights are not float32; report this as a bug")
-    return tensors
-
-
-def _named_tensors(model: Any, adapter: str) -> dict[str, torch.nn.Parameter]:
-    """One adapter's parameters under the names of PEFT's state dict, sorted by name."""
-    by_address = {p.data_ptr(): p for p in model.parameters()}
-    state = peft.get_peft_model_state_dict(model, adapter_name=adapter)
-    return {name: by_address[state[name].data_ptr()] for name in sorted(state)}
-
-
-def _replace_residual(model: Any, rank: int) -> None:
-    """Take the residual adapter away, and put one of another rank there unless that is 0."""
-    if _RESIDUAL in model.peft_config:
-        model.base_model.set_adapter(_ADAPTER)
-        model.delete_adapter(_RESIDUAL)
-    if rank > 0:
-        config = copy.deepcopy(model.peft_config[_ADAPTER])
-        config.r = config.lora_alpha = rank
-        config.lora_dropout, config.use_rslora = 0.0, False
-        model.add_adapter(_RESIDUAL, config)

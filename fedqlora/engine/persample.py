@@ -79,7 +79,7 @@ class UnitGradients:
     def add(self, name: str, x: Tensor, gradient: Tensor) -> None:
         """Add a layer's share: x (R, ..., i), output gradient (R, ..., o)."""
         rows = torch.bmm(gradient.flatten(1, -2).transpose(1, 2), x.flatten(1, -2))
-        self.values[name].index_add_(0, self._owners, rows.float())
+        self.values[name].index_add_(0, self._owners.to(rows.device), rows.float())
 
 
 class _Linear(torch.autograd.Function):

@@ -30,7 +30,8 @@ def encode_prompts(
     """
     if family == "seq2seq":
         return Seq2SeqPrompts(model, prompts, pad)
-    if "past_key_values" in _arguments(model):
+    # A recurrent state has no rows to choose among, and padding on the left would be in it.
+    if not model.get_base_model()._is_stateful:
         return CausalPrompts(model, prompts, pad)
     return UncachedPrompts(model, prompts, pad)
 
@@ -54,7 +55,7 @@ class Prompts(Protocol):
 
 
 class CausalPrompts:
-    """Prompts of a decoder: the cache of keys and values, or of a state, is kept and copied."""
+    """Prompts of a decoder: the cache of keys and values is kept and copied."""
 
     def __init__(self, model: Any, prompts: Sequence[Path], pad: int) -> None:
         self._model = model
@@ -107,7 +108,7 @@ class CausalPrompts:
 
 
 class UncachedPrompts:
-    """Prompts of a decoder without a cache that can be copied: each path is read with its own."""
+    """Prompts of a decoder with a recurrent state: each path is read with its prompt."""
 
     def __init__(self, model: Any, prompts: Sequence[Path], pad: int) -> None:
         self._model = model

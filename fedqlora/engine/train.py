@@ -24,6 +24,7 @@ from fedqlora.adapter import Adapter, subtract
 from fedqlora.config import TrainingConfig
 from fedqlora.engine.batch import count_targets
 from fedqlora.engine.data import Tokenized
+from fedqlora.engine.gradients import check_gradients
 from fedqlora.engine.loss import plan_batches, sum_losses
 from fedqlora.engine.model import BaseModel
 from fedqlora.errors import DataError, ModelError
@@ -91,11 +92,10 @@ def train(
     parameters = base.trainable()
     optimizer = make_optimizer(list(parameters.values()), config, base.device)
     draw = _draw_examples(len(usable), _derive_seed(seed, site, round_, "order"))
-    devices = [base.device] if base.device.type == "cuda" else []
     loss = 0.0
     tokens = 0
     started = time.perf_counter()
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=base.gpus):
         torch.manual_seed(_derive_seed(seed, site, round_, "dropout"))
         bar = tqdm(range(config.steps), desc=f"round {round_}", disable=not sys.stderr.isatty())
         for step in bar:
@@ -103,7 +103,7 @@ def train(
             count = sum(count_targets(e, base.family) for e in chosen)
             step_loss = _accumulate(base, chosen, count, config)
             if step == 0:
-                check_gradients(parameters)
+                check_gradients({name: p.grad for name, p in parameters.items()})
             rate = learning_rate(config, (round_ - 1) * config.steps + step, rounds * config.steps)
             _update(parameters, optimizer, rate, config.max_grad_norm, step)
             loss += step_loss
@@ -164,32 +164,6 @@ def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
         "cosine": (1 + math.cos(math.pi * done)) / 2,
     }[config.schedule]
     return config.learning_rate * factor
-
-
-def check_gradients(parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Refuse a model in which an adapter module is cut off from the loss.
-
-    Called after the first backward pass. While B is zero A's gradient is zero as well, so what
-    counts is each module's tensors together.
-
-    Raises:
-        ModelError: names the first tensor without a finite gradient, or the first module whose
-            gradients are all zero.
-    """
-    sizes: dict[str, float] = {}
-    for name, parameter in parameters.items():
-        if parameter.grad is None or not bool(torch.isfinite(parameter.grad).all()):
-            raise ModelError(
-                f"adapter tensor {name} gets no finite gradient; leave its layer out of "
-                "lora.targets or compute in float32"
-            )
-        module = name.partition(".lora_")[0]
-        sizes[module] = sizes.get(module, 0.0) + float(parameter.grad.abs().max())
-    for module, size in sizes.items():
-        if size == 0:
-            raise ModelError(
-                f"the adapter on {module} gets only zero gradients; leave it out of lora.targets"
-            )
 
 
 def _accumulate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,10 +17,14 @@ class WarmModel:
 
     Args:
         device: where it computes; None takes a GPU where there is one.
+        memory: free bytes of each GPU that a base is spread over; None: all on `device`.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(
+        self, device: torch.device | None = None, memory: Mapping[int, int] | None = None
+    ) -> None:
         self._device = device
+        self._memory = memory
         self._key: tuple[Path, ModelConfig, LoraConfig] | None = None
         self._base: BaseModel | None = None
         self._digests: dict[Path, tuple[tuple[tuple[str, int, int], ...], str]] = {}
@@ -42,6 +47,6 @@ class WarmModel:
         if self._base is None or self._key != key:
             # Freed before the next one is loaded: two would not fit beside each other.
             self._base, self._key = None, None
-            self._base = BaseModel.load(folder, model, lora, self._device)
+            self._base = BaseModel.load(folder, model, lora, self._device, self._memory)
             self._key = key
         return self._base

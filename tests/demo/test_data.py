@@ -14,12 +14,12 @@ from demo.data import (
     HELD_OUT_WORDINGS,
     Row,
     Task,
-    count_chapters,
     deal,
     describe,
     make_data,
     make_task,
 )
+from demo.layout import count_labels
 from demo.names import site_names
 from demo.partition import SMALLEST_SITE
 from fedqlora.engine.data import load_records
@@ -110,11 +110,11 @@ def test_the_chapters_of_written_records_are_counted_again(
     tmp_path: Path, hospitals: dict[str, list[Row]]
 ) -> None:
     make_data(tmp_path / "data", 3, 1)
-    counts = count_chapters(tmp_path / "data", list(hospitals))
+    counts = count_labels(tmp_path / "data", list(hospitals), "chapter")
     for name, rows in hospitals.items():
         assert {k: n for k, n in counts[name].items() if n} == Counter(r["chapter"] for r in rows)
     with pytest.raises(DataError, match="cannot be read; remove"):
-        count_chapters(tmp_path / "nowhere", list(hospitals))
+        count_labels(tmp_path / "nowhere", list(hospitals), "chapter")
 
 
 def test_making_the_data_again_replaces_it(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def uneven(examples: list[Tokenized]) -> list[Tokenized]:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "unquantized"])
-@pytest.mark.parametrize("family", ["llama", "t5", "mamba"])
+@pytest.mark.parametrize("family", ["llama", "t5"])
 def test_each_patients_gradient_is_that_of_its_examples_one_at_a_time(
     family: str,
     nf4: bool,
@@ -68,12 +68,7 @@ def test_each_patients_gradient_is_that_of_its_examples_one_at_a_time(
     start: Start,
     examples: list[Tokenized],
 ) -> None:
-    if family == "mamba":
-        if nf4 or checkpointing:
-            pytest.skip("Mamba's other layers crash in 4 bits; it does not recompute activations")
-        base = load(request.getfixturevalue("mamba_folder"), nf4=False, targets=("in_proj",))
-    else:
-        base = load(request.getfixturevalue(f"{family}_folder"), nf4=nf4)
+    base = load(request.getfixturevalue(f"{family}_folder"), nf4=nf4)
     warm(base, start).model.train()
     set_checkpointing(base, checkpointing)
     texts = uneven(examples)

@@ -14,9 +14,12 @@ import torch
 
 from fedqlora.adapter import Adapter, add, norm
 from fedqlora.config import LoraConfig, ModelConfig, TrainingConfig
+from fedqlora.engine.architectures import ARCHITECTURES
 from fedqlora.engine.data import Tokenized
+from fedqlora.engine.dp import check_exactness, sum_clipped
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.train import mean_loss, train
+from tests.tiny_models import save_tiny
 
 pytestmark = pytest.mark.gpu
 
@@ -86,3 +89,46 @@ def test_a_second_round_loads_and_quantizes_nothing(
     assert norm(second.delta) > 0
     assert [parameter.data_ptr() for parameter in base.model.parameters()] == addresses
     assert all(np.isfinite(value).all() for value in second.delta.values())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("nf4", [True, False])
+def test_a_base_spread_over_two_gpus_trains_as_on_one(
+    llama_folder: Path, start: Start, examples: list[Tokenized], nf4: bool
+) -> None:
+    whole = load_on("cuda", llama_folder, nf4=nf4)
+    size = sum(parameter.nbytes for parameter in whole.model.parameters())
+    spread = BaseModel.load(
+        llama_folder,
+        ModelConfig.model_validate(
+            {"base": "tiny", "quantization": "nf4" if nf4 else "none", "compute_dtype": "float32"}
+        ),
+        LoraConfig(rank=4),
+        torch.device("cuda", 0),
+        {0: size, 1: 4 * size},
+    )
+    assert len(spread.gpus) == 2
+    losses = [mean_loss(base, start(base), examples, CONFIG) for base in (whole, spread)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for base in (whole, spread):
+        done = train(base, start(base), examples, CONFIG, seed=1, site="a", round_=1, rounds=1)
+        losses.append(done.loss)
+    assert losses[3] == pytest.approx(losses[2], rel=1e-2)
+    check_exactness(spread, CONFIG)
+    total, _ = sum_clipped(spread, [[example] for example in examples], CONFIG, 1.0)
+    assert all(bool(value.isfinite().all()) for value in total.values())
+
+
+@pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "unquantized"])
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_each_family_learns(
+    tmp_path: Path, start: Start, examples: list[Tokenized], model_type: str, nf4: bool
+) -> None:
+    base = load_on("cuda", save_tiny(model_type, tmp_path / model_type), nf4=nf4)
+    digest = base.frozen_digest()
+    adapter = start(base)
+    before = mean_loss(base, adapter, examples, CONFIG)
+    trained = train(base, adapter, examples, CONFIG, seed=1, site="a", round_=1, rounds=4)
+    assert mean_loss(base, add(adapter, trained.delta), examples, CONFIG) < before
+    check_exactness(base, CONFIG)
+    assert base.frozen_digest() == digest

@@ -11,8 +11,9 @@ import torch
 from fedqlora.adapter import Adapter, add, norm
 from fedqlora.config import TrainingConfig
 from fedqlora.engine.data import Tokenized
+from fedqlora.engine.gradients import check_gradients
 from fedqlora.engine.model import BaseModel
-from fedqlora.engine.train import Trained, check_gradients, learning_rate, mean_loss, train
+from fedqlora.engine.train import Trained, learning_rate, mean_loss, train
 from fedqlora.errors import DataError, ModelError
 from tests.engine.conftest import load
 
@@ -165,15 +166,16 @@ def test_a_fresh_adapter_whose_A_has_no_gradient_yet_is_accepted(
 
 
 def test_a_module_with_only_zero_gradients_is_named() -> None:
-    parameters = {f"m.{k}.lora_{f}.weight": torch.nn.Parameter(torch.ones(2))
-                  for k in "pq" for f in "AB"}  # fmt: skip
-    for name, parameter in parameters.items():
-        parameter.grad = torch.full((2,), 1.0 if name == "m.p.lora_B.weight" else 0.0)
+    names = [f"m.{module}.lora_{factor}.weight" for module in "pq" for factor in "AB"]
+    gradients: dict[str, torch.Tensor | None] = {
+        name: torch.full((2,), 1.0 if name == "m.p.lora_B.weight" else 0.0) for name in names
+    }
     with pytest.raises(ModelError, match=r"the adapter on m\.q gets only zero"):
-        check_gradients(parameters)
-    parameters["m.p.lora_A.weight"].grad = torch.tensor([math.nan, 0.0])
-    with pytest.raises(ModelError, match=r"m\.p\.lora_A\.weight gets no finite"):
-        check_gradients(parameters)
+        check_gradients(gradients)
+    for bad in (torch.tensor([math.nan, 0.0]), None):
+        gradients["m.p.lora_A.weight"] = bad
+        with pytest.raises(ModelError, match=r"m\.p\.lora_A\.weight gets no finite"):
+            check_gradients(gradients)
 
 
 def test_a_layer_that_the_loss_does_not_reach_stops_the_round(
