@@ -14,7 +14,8 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from fedqlora.config import Section, read_toml, validate
+from fedqlora.config import read_toml, validate
+from fedqlora.section import Section
 
 
 class Device(Section):

@@ -8,7 +8,7 @@ import textwrap
 from pydantic.fields import FieldInfo
 
 from client.policy import Policy
-from fedqlora.config import Section
+from fedqlora.section import Section
 
 UNDECIDED = "none-approved-yet"
 """Stands where only the hospital can decide: nothing has this digest, so nothing is allowed."""

@@ -73,5 +73,31 @@ COMBINATIONS = (
         "privacy.unit fixes the steps of the whole run before it starts, and training.fewer_steps "
         "would leave them to each site; set training.fewer_steps = false",
     ),
+    Combination(
+        lambda run: (
+            run.aggregation.rule in ("median", "trimmed_mean")
+            and run.aggregation.method == "exact_svd"
+        ),
+        "this aggregation.rule takes single values of A and B, and exact_svd averages products of "
+        'both, in which such values mean nothing; set aggregation.method = "fedavg" or '
+        'aggregation.rule = "geometric_median"',
+    ),
+    Combination(
+        lambda run: (
+            run.aggregation.rule in ("krum", "multi_krum")
+            and run.federation.min_sites < 2 * run.aggregation.malicious_sites + 3
+        ),
+        "Krum against f malicious sites needs 2 f + 3 updates in every round; raise "
+        "federation.min_sites, lower aggregation.malicious_sites or set aggregation.rule = "
+        '"geometric_median"',
+    ),
+    Combination(
+        lambda run: (
+            run.aggregation.rule == "trimmed_mean"
+            and run.federation.min_sites < 2 * run.aggregation.malicious_sites + 1
+        ),
+        "a trimmed mean leaves out f updates at each end and needs 2 f + 1 in every round; raise "
+        "federation.min_sites or lower aggregation.malicious_sites",
+    ),
 )
 """All combinations that a run's configuration refuses; a test has one case for each."""

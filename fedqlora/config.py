@@ -13,17 +13,12 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from fedqlora.aggregation_config import AggregationConfig
 from fedqlora.combinations import COMBINATIONS
 from fedqlora.errors import ConfigError
-from fedqlora.halves import Method
-
-
-class Section(BaseModel):
-    """A frozen group of settings; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+from fedqlora.section import Section
 
 
 class ModelConfig(Section):
@@ -134,24 +129,6 @@ class FederationConfig(Section):
                 "expected_sites is smaller than min_sites; raise it or lower min_sites"
             )
         return self
-
-
-class AggregationConfig(Section):
-    """How the sites' updates become one."""
-
-    method: Method = "exact_svd"
-    """`exact_svd`: the mean of the products B A, its best part of the run's rank trained on, the
-    rest kept beside it (FlexLoRA 2402.11505 with a residual). `fedavg`: mean of A and mean of B
-    (1602.05629, for LoRA 2305.05644). `ffa`: A stays as it started, mean of B (2403.12313).
-    `fedsvd`: `ffa`, and A and B made anew from the SVD of B A after each round (2505.12805).
-    `rolora`: B and A in alternate rounds (2409.02346). Numbers are of arXiv."""
-    residual_rank: int | None = Field(default=None, ge=0, le=4096)
-    """Largest rank of the frozen residual adapter that `exact_svd` keeps; 0 keeps none.
-    Without it four times `lora.rank`."""
-    weighting: Literal["examples", "tokens", "uniform"] = "examples"
-    """A site's weight: training examples seen, completion tokens seen, or one."""
-    max_update_norm: float = Field(default=100.0, gt=0)
-    """An update whose L2 norm over all tensors exceeds this is refused."""
 
 
 class PrivacyConfig(Section):

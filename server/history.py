@@ -53,6 +53,8 @@ class History:
     """First and last event, in seconds since 1970."""
     rounds: Mapping[int, float]
     """Finished round -> its seconds."""
+    set_aside: Mapping[int, tuple[str, ...]]
+    """Finished round -> sites whose valid updates its rule of aggregation did not count."""
     contributions: tuple[Contribution, ...]
     """In the order of rounds and sites."""
     scores: Mapping[int, Counts]
@@ -105,6 +107,7 @@ def read_history(folder: RunFolder) -> History:
     """
     events = _read_events(folder.path / "metrics.jsonl")
     rounds: dict[int, float] = {}
+    set_aside: dict[int, tuple[str, ...]] = {}
     sites: dict[tuple[int, str], Contribution] = {}
     scores: dict[int, Counts] = {}
     scoring: dict[int, float] = {}
@@ -130,6 +133,7 @@ def read_history(folder: RunFolder) -> History:
                 )
             case "round":
                 rounds[round_] = figures.get("seconds", 0.0)
+                set_aside[round_] = tuple(str(name) for name in line.get("set_aside", ()))
             case "evaluation":
                 scores[round_] = _counts(line.get("scores"))
                 scoring[round_] = figures.get("seconds", 0.0)
@@ -142,6 +146,7 @@ def read_history(folder: RunFolder) -> History:
         error=error,
         times=(min(times), max(times)) if times else None,
         rounds=rounds,
+        set_aside=set_aside,
         contributions=tuple(sites[key] for key in sorted(sites)),
         scores=dict(sorted(scores.items())),
         scoring_seconds=scoring,

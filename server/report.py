@@ -137,6 +137,9 @@ def _missing(history: History) -> Sequence[Markup | str]:
                 body.append([str(round_), site, "not asked", "it was not connected"])
             elif (one := asked[site]).outcome != USED:
                 body.append([str(round_), site, one.outcome, one.reason[:_LONGEST_REASON]])
+            elif site in history.set_aside.get(round_, ()):
+                rule = f"aggregation.rule = {history.config.aggregation.rule} did not count it"
+                body.append([str(round_), site, "set aside", rule])
     expected = history.config.federation.expected_sites
     here = len(history.sites)
     notes = [f"{here} of {expected} expected sites came."] if expected and here < expected else []

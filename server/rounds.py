@@ -9,34 +9,32 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from fedqlora import protocol_pb2 as pb
-from fedqlora.adapter import AdapterSpec, check_rank, check_update, initial_adapter, norm, rank_of
-from fedqlora.codec import decode_delta, encode
+from fedqlora.adapter import (
+    AdapterSpec,
+    initial_adapter,
+)
+from fedqlora.codec import encode
 from fedqlora.config import RunConfig
-from fedqlora.errors import FederationError, UpdateError
+from fedqlora.errors import FederationError
 from fedqlora.halves import select_trained
-from server.aggregation.aggregate import Aggregate, Aggregator
+from server.aggregation.aggregate import Aggregate
 from server.aggregation.method import start_aggregation
 from server.checkpoint import Checkpoint, Origin, RunFolder
 from server.evaluation import Evaluator
-from server.exchange import INVALID, Answer, Exchange
+from server.exchange import Exchange
 from server.history import read_history
 from server.metrics import Metrics
 from server.model_card import render_card
+from server.norms import running_medians
 from server.peft_format import write_adapter
 from server.receipts import Receipts
 from server.report import refresh_report
 from server.sites import Described, Sites
+from server.validation import fold
 
 log = logging.getLogger("server")
-
-_CENTRE_WRITES = (
-    *("time", "event", "round", "site", "outcome", "reason"),
-    *("bytes_down", "bytes_up", "examples", "tokens", "update_norm", "rank"),
-)
-"""Names of a `site` line in metrics.jsonl that no site may give a value."""
 
 
 def federate(
@@ -104,7 +102,8 @@ def run_round(
         UpdateError: the run's method cannot aggregate this adapter.
     """
     started = time.monotonic()
-    aggregator = start_aggregation(config, round_, before.adapter, before.residual)
+    medians = running_medians(metrics.read())
+    aggregator = start_aggregation(config, round_, before.adapter, before.residual, medians)
     names = select_trained(before.adapter, config.aggregation.method, round_)
     spec = AdapterSpec.of({name: before.adapter[name] for name in names})
     addressees = sites.online()
@@ -118,7 +117,7 @@ def run_round(
         config.federation.round_deadline_seconds,
     ):
         sites.receipts.keep(answer.site, answer.message)
-        facts = _fold(answer, aggregator, spec, config)
+        facts = fold(answer, aggregator, before.adapter, spec, medians, config)
         outcomes[answer.site] = facts["outcome"]
         metrics.append("site", round=round_, site=answer.site, **facts)
         exchange.judged(round_, answer.site, facts["outcome"])
@@ -137,7 +136,8 @@ def run_round(
         )
     result = aggregator.finish()
     seconds = round(time.monotonic() - started, 3)
-    metrics.append("round", round=round_, sites=used, seconds=seconds, **result.figures)
+    aside = {"set_aside": result.set_aside} if result.set_aside else {}
+    metrics.append("round", round=round_, sites=used, seconds=seconds, **result.figures, **aside)
     log.info("round %s: %s sites in %s s", round_, used, seconds)
     exchange.aggregated(
         round_,
@@ -156,58 +156,6 @@ def _instruct(config: RunConfig, before: Checkpoint, ledger_heads: Mapping[str, 
         ledger_heads=ledger_heads,
     )
     return train.SerializeToString()
-
-
-def _fold(
-    answer: Answer, aggregator: Aggregator, spec: AdapterSpec, config: RunConfig
-) -> dict[str, Any]:
-    """Validate one answer and fold it in; returns what is recorded about it."""
-    facts: dict[str, Any] = {
-        "outcome": answer.failure or "used",
-        "bytes_down": answer.sent_bytes,
-        "bytes_up": answer.received_bytes,
-    }
-    update = answer.message
-    if not isinstance(update, pb.Update):
-        return {**facts, "reason": answer.reason}
-    try:
-        # Encodings that do not name their tensors are of the run's own rank: others are refused.
-        delta = decode_delta(update.delta, spec)
-        rank = rank_of(delta) if config.lora.mixed_ranks else config.lora.rank
-        check_rank(rank, config.lora.rank)
-        check_update(delta, spec.at_rank(rank), config.aggregation.max_update_norm)
-        aggregator.add(answer.site, delta, _weight(update, config))
-    except UpdateError as error:
-        return {**facts, "outcome": INVALID, "reason": str(error)}
-    return {
-        **facts,
-        "examples": update.examples,
-        "tokens": update.tokens,
-        "update_norm": norm(delta),
-        **({"rank": rank} if config.lora.mixed_ranks else {}),
-        **_figures(update),
-    }
-
-
-def _figures(update: pb.Update) -> dict[str, float]:
-    """A site's own figures; those under a name that the centre writes itself are left out."""
-    return {name: value for name, value in update.metrics.items() if name not in _CENTRE_WRITES}
-
-
-def _weight(update: pb.Update, config: RunConfig) -> int:
-    """A site's weight; one that it cannot have earned is refused, not cut down.
-
-    Raises:
-        UpdateError: more examples or tokens than the round's steps hold.
-    """
-    most = config.training.steps * config.training.batch_examples
-    if update.examples > most or update.tokens > most * config.training.max_length:
-        raise UpdateError(
-            f"update claims {update.examples} examples and {update.tokens} tokens, "
-            f"more than {config.training.steps} steps hold"
-        )
-    weights = {"examples": update.examples, "tokens": update.tokens, "uniform": 1}
-    return int(weights[config.aggregation.weighting])
 
 
 def _agreed(checkpoint: Checkpoint | None) -> Described | None:

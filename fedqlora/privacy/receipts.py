@@ -20,9 +20,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import ValidationError
 
-from fedqlora.config import Section
 from fedqlora.errors import ReceiptError
 from fedqlora.privacy.accountant import Spending, spent_epsilon
+from fedqlora.section import Section
 
 _PREFIX = b"fedqlora receipt\x00"
 _EXACT = 1e-6

@@ -1,4 +1,4 @@
-"""Aggregate: what a round's updates became, and what every method of aggregation offers."""
+"""Aggregate: what a round's updates became, and what every way of aggregation offers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ class Aggregate:
         adapter: what the sites train next.
         residual: what they load beside it, frozen, with scale 1; empty if there is none.
         figures: norms that the round's metrics record.
+        set_aside: sites whose valid updates did not count, by name.
     """
 
     adapter: Adapter
     residual: Adapter = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
+    set_aside: tuple[str, ...] = ()
 
 
 class Aggregator(Protocol):

@@ -1,31 +1,88 @@
-"""Method: which aggregator a run's rounds use."""
+"""Method: which aggregator a run's rounds use, and what of the updates it is given."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from fedqlora.adapter import Adapter
 from fedqlora.config import RunConfig
 from server.aggregation.aggregate import Aggregator
+from server.aggregation.collected import Collected, Updates
+from server.aggregation.coordinates import take_median, take_trimmed_mean
 from server.aggregation.exact_svd import ExactSvd
+from server.aggregation.factors import Matrix
 from server.aggregation.fedavg import FedAvg
 from server.aggregation.fedsvd import FedSvd
 from server.aggregation.ffa import Ffa
+from server.aggregation.geometric_median import weigh_by_distance
+from server.aggregation.geometry import factor_gram, product_gram, squared_distances
+from server.aggregation.krum import select_by_krum
+from server.aggregation.norm_clipping import (
+    NormClipping,
+    clip_to_median,
+    factor_length,
+    product_length,
+)
 from server.aggregation.rolora import RoLora
 
 
 def start_aggregation(
-    config: RunConfig, round_: int, adapter: Adapter, residual: Adapter
+    config: RunConfig,
+    round_: int,
+    adapter: Adapter,
+    residual: Adapter,
+    medians: Mapping[str, float],
 ) -> Aggregator:
     """The aggregator of one round, with nothing folded in yet.
 
     Args:
-        config: names the method.
+        config: names the method and the rule.
         round_: from 1.
         adapter: the round's starting point.
         residual: what lies frozen beside it; empty for every method but `exact_svd`.
+        medians: of the norms of earlier rounds' updates; empty in the first.
 
     Raises:
         UpdateError: the method cannot aggregate this adapter.
     """
+    # A method that averages products measures products, every other one its factors.
+    in_products = config.aggregation.method == "exact_svd"
+    scale, malicious = config.lora.scale, config.aggregation.malicious_sites
+
+    def start() -> Aggregator:
+        return _start_method(config, round_, adapter, residual)
+
+    def measure(updates: Updates) -> Matrix:
+        deltas = [delta for delta, _ in updates.values()]
+        return product_gram(adapter, deltas, scale) if in_products else factor_gram(deltas)
+
+    def select(updates: Updates) -> Updates:
+        distances = squared_distances(measure(updates))
+        many = config.aggregation.rule == "multi_krum"
+        return select_by_krum(updates, distances, malicious, many=many)
+
+    match config.aggregation.rule:
+        case "mean":
+            return start()
+        case "median":
+            return Collected(start, take_median)
+        case "trimmed_mean":
+            return Collected(start, lambda updates: take_trimmed_mean(updates, malicious))
+        case "geometric_median":
+            return Collected(start, lambda updates: weigh_by_distance(updates, measure(updates)))
+        case "krum" | "multi_krum":
+            return Collected(start, select)
+        case "norm_clipping":
+            length = product_length(adapter, scale) if in_products else factor_length
+            bound = medians.get("product_norm" if in_products else "update_norm", 0.0)
+            if bound > 0:
+                return NormClipping(start(), length, bound)
+            return Collected(start, lambda updates: clip_to_median(updates, length))
+
+
+def _start_method(
+    config: RunConfig, round_: int, adapter: Adapter, residual: Adapter
+) -> Aggregator:
     match config.aggregation.method:
         case "fedavg":
             return FedAvg(adapter)

@@ -27,8 +27,9 @@ from deploy.image import read_image
 from deploy.kit import build_kit, choose_superlink, main
 from deploy.policy import UNDECIDED, render_policy
 from deploy.signature import fingerprint_key, open_kit_key
-from fedqlora.config import RunConfig, Section, validate
+from fedqlora.config import RunConfig, validate
 from fedqlora.errors import PolicyRefusal
+from fedqlora.section import Section
 from tests.deploy.kits import IMAGE, SUPERLINK, make_federation, make_kit, unpack
 
 ROOT = Path(__file__).parents[2]

@@ -139,9 +139,37 @@ def test_privacy_does_not_go_with_fewer_steps() -> None:
         validate(RunConfig, fewer, "run.toml")
 
 
+@pytest.mark.parametrize("rule", ["median", "trimmed_mean"])
+def test_single_values_are_no_rule_for_rebuilt_products(rule: str) -> None:
+    sites = {"min_sites": 3}
+    ruled = {**GOOD, "aggregation": {"rule": rule}, "federation": sites}
+    with pytest.raises(ConfigError, match=r'exact_svd averages products .*method = "fedavg"'):
+        validate(RunConfig, ruled, "run.toml")
+    for method in ("fedavg", "ffa", "fedsvd", "rolora"):
+        other = {**ruled, "aggregation": {"rule": rule, "method": method}}
+        validate(RunConfig, other, "run.toml")
+
+
+@pytest.mark.parametrize("rule", ["krum", "multi_krum"])
+def test_krum_needs_twice_the_malicious_sites_and_three(rule: str) -> None:
+    aggregation = {"rule": rule, "malicious_sites": 2}
+    ruled = {**GOOD, "aggregation": aggregation, "federation": {"min_sites": 6}}
+    with pytest.raises(ConfigError, match=r"2 f \+ 3 updates in every round; raise"):
+        validate(RunConfig, ruled, "run.toml")
+    validate(RunConfig, {**ruled, "federation": {"min_sites": 7}}, "run.toml")
+
+
+def test_a_trimmed_mean_needs_one_site_more_than_it_leaves_out() -> None:
+    aggregation = {"rule": "trimmed_mean", "method": "fedavg", "malicious_sites": 2}
+    ruled = {**GOOD, "aggregation": aggregation, "federation": {"min_sites": 4}}
+    with pytest.raises(ConfigError, match=r"needs 2 f \+ 1 in every round; raise"):
+        validate(RunConfig, ruled, "run.toml")
+    validate(RunConfig, {**ruled, "federation": {"min_sites": 5}}, "run.toml")
+
+
 def test_every_refused_combination_has_a_case_above() -> None:
     """A new row needs a test of its own: this one fails until it is counted."""
-    assert len(COMBINATIONS) == 9
+    assert len(COMBINATIONS) == 12
 
 
 def test_exact_svd_is_the_default_and_keeps_four_times_the_rank() -> None:

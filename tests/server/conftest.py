@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,21 +148,23 @@ class House:
 
 
 def run_config(
-    method: str = "fedavg", mixed_ranks: bool = False, **federation: object
+    method: str = "fedavg",
+    mixed_ranks: bool = False,
+    sections: Mapping[str, Mapping[str, object]] = MappingProxyType({}),
+    **federation: object,
 ) -> RunConfig:
     settings = {"rounds": 2, "wait_seconds": 0.2, "round_deadline_seconds": 1, **federation}
-    return validate(
-        RunConfig,
-        {
-            "model": {"base": "tiny"},
-            "training": {"steps": 1, "batch_examples": 16},
-            "codec": {"update": "float32"},
-            "lora": {"rank": 2, "mixed_ranks": mixed_ranks},
-            "aggregation": {"method": method},
-            "federation": settings,
-        },
-        "run.toml",
-    )
+    values: dict[str, Any] = {
+        "model": {"base": "tiny"},
+        "training": {"steps": 1, "batch_examples": 16},
+        "codec": {"update": "float32"},
+        "lora": {"rank": 2, "mixed_ranks": mixed_ranks},
+        "aggregation": {"method": method},
+        "federation": settings,
+    }
+    for name, more in sections.items():
+        values[name] = {**values.get(name, {}), **more}
+    return validate(RunConfig, values, "run.toml")
 
 
 @pytest.fixture(autouse=True)
