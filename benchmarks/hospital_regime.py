@@ -73,7 +73,7 @@ def train_sites(
 
 def aggregate(config: RunConfig, round_: int, before: Aggregate, deltas: Deltas) -> Aggregate:
     """One round's aggregation, as the server does it."""
-    aggregator = start_aggregation(config, round_, before.adapter, before.residual, {})
+    aggregator = start_aggregation(config, round_, before.adapter, before.residual, {}, {})
     for site, (delta, weight) in deltas.items():
         aggregator.add(site, delta, weight)
     return aggregator.finish()

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from client.budget import Budget
+from client.control import Control
 from client.examples import Reader
 from client.feedback import Feedback
 from client.ledger import Ledger, Plan
@@ -25,7 +26,7 @@ from client.policy import Policy, check, load_policy, own_training, training_ran
 from client.textfile import Textfile
 from fedqlora import VERSION
 from fedqlora import protocol_pb2 as pb
-from fedqlora.adapter import Adapter, check_residual, check_update, lower_rank
+from fedqlora.adapter import Adapter, AdapterSpec, check_residual, check_update, lower_rank
 from fedqlora.audit import AuditLog, digest_of
 from fedqlora.codec import decode, encode
 from fedqlora.config import RunConfig
@@ -60,6 +61,7 @@ class Trainer:
         policy: the site's rules.
         audit: the site's log; what cannot be logged is not done.
         feedback: what lossy encodings left out of the site's updates.
+        control: the site's own control variate, where a run has them.
         textfile: metrics for the hospital's own monitoring.
         budget: the privacy that the site's patients have spent and may spend.
         warm: where the base model stays loaded.
@@ -74,6 +76,7 @@ class Trainer:
         policy: Policy,
         audit: AuditLog,
         feedback: Feedback,
+        control: Control,
         textfile: Textfile,
         budget: Budget,
         warm: WarmModel,
@@ -84,6 +87,7 @@ class Trainer:
         self._policy = policy
         self._audit = audit
         self._feedback = feedback
+        self._control = control
         self._textfile = textfile
         self._budget = budget
         self._warm = warm
@@ -150,6 +154,13 @@ class Trainer:
         adapter, residual = self._receive(base, config, body)
         held = validation[: config.data.validation_examples]
         before = mean_loss(base, adapter, held, config.training, residual) if held else None
+        trained = select_trained(adapter, config.aggregation.method, header.round)
+        correction = None
+        if config.training.control_variates:
+            spec = AdapterSpec.of({name: adapter[name] for name in trained})
+            correction = self._control.correction(
+                body.control, spec, run=header.run, round_=header.round
+            )
         result = train(
             base,
             adapter,
@@ -160,7 +171,8 @@ class Trainer:
             round_=header.round,
             rounds=config.federation.rounds,
             residual=residual,
-            trained=select_trained(adapter, config.aggregation.method, header.round),
+            trained=trained,
+            correction=correction,
         )
         figures = {
             "examples": float(result.examples),
@@ -180,12 +192,19 @@ class Trainer:
             tokens=int(leaving.pop("tokens", 0)),
             metrics=leaving,
         )
+        if correction is not None:
+            update.control.CopyFrom(
+                self._control.encode(
+                    result.gradient, config.codec, run=header.run, round_=header.round
+                )
+            )
         self._record(
             "trained",
             header,
             bytes_out=update.ByteSize(),
             tensors=digest_of(update.delta.data),
             figures=",".join(sorted(leaving)),
+            **({} if correction is None else {"control": digest_of(update.control.data)}),
         )
         log.info("round %s: %s examples", header.round, result.examples)
         return update
@@ -317,7 +336,10 @@ def main(arguments: list[str] | None = None) -> int:
         help="folder with signing.key, coordinator.pub and the roster",
     )
     parser.add_argument(
-        "--state", required=True, type=Path, help="replay window, audit log, feedback, metrics"
+        "--state",
+        required=True,
+        type=Path,
+        help="replay window, audit log, feedback, control variate, metrics",
     )
     parser.add_argument("--socket", required=True, type=Path, help="unix socket to serve on")
     add_device_options(parser)
@@ -338,6 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
             policy=policy,
             audit=audit,
             feedback=Feedback(options.state / "feedback"),
+            control=Control(options.state / "control"),
             textfile=Textfile(options.state / "metrics.prom", audit),
             budget=Budget(options.site, options.state, policy, identity.key),
             warm=WarmModel(*open_devices(options)),

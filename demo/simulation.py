@@ -26,6 +26,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from client.app import reply_with, unwrap
 from client.budget import Budget
+from client.control import Control
 from client.feedback import Feedback
 from client.policy import load_policy
 from client.textfile import Textfile
@@ -220,6 +221,7 @@ def answer(site: SimulatedSite, models: Path, envelope: bytes) -> bytes:
         policy=policy,
         audit=audit,
         feedback=Feedback(site.state / "feedback"),
+        control=Control(site.state / "control"),
         textfile=Textfile(site.state / "metrics.prom", audit),
         budget=Budget(site.name, site.state, policy, identity.key),
         warm=_warm_model(),

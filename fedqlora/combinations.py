@@ -99,5 +99,54 @@ COMBINATIONS = (
         "a trimmed mean leaves out f updates at each end and needs 2 f + 1 in every round; raise "
         "federation.min_sites or lower aggregation.malicious_sites",
     ),
+    Combination(
+        lambda run: (
+            (
+                run.server_optimizer.name in ("adam", "yogi")
+                and run.aggregation.method == "exact_svd"
+            )
+            or (run.server_optimizer.name != "none" and run.aggregation.method == "fedsvd")
+        ),
+        "server_optimizer keeps moments of the values of A and B, which this aggregation.method "
+        'makes anew each round; set aggregation.method = "fedavg" or "ffa", or '
+        'server_optimizer.name = "momentum" with exact_svd, which keeps it of the products',
+    ),
+    Combination(
+        lambda run: run.server_optimizer.name != "none" and run.aggregation.method == "rolora",
+        "server_optimizer would move the half of the adapter that rolora holds still in a round; "
+        'set aggregation.method = "fedavg" or "ffa"',
+    ),
+    Combination(
+        lambda run: (
+            run.training.control_variates and run.aggregation.method in ("exact_svd", "fedsvd")
+        ),
+        "training.control_variates are gradients of the values of A and B, which this "
+        'aggregation.method makes anew each round; set aggregation.method = "fedavg" or "ffa"',
+    ),
+    Combination(
+        lambda run: run.training.control_variates and run.aggregation.method == "rolora",
+        "training.control_variates of a round are of the half that rolora does not train in the "
+        'next; set aggregation.method = "fedavg" or "ffa"',
+    ),
+    Combination(
+        lambda run: (
+            run.training.control_variates and run.codec.update not in ("float32", "bfloat16")
+        ),
+        "training.control_variates travel as codec.update says, and what int8, nf4 or topk leave "
+        'out of a gradient would add up; set codec.update = "bfloat16"',
+    ),
+    Combination(
+        lambda run: run.training.control_variates and run.aggregation.rule != "mean",
+        "training.control_variates are averaged over all sites, so one that lies would steer all "
+        'whatever aggregation.rule says; set training.control_variates = false or rule = "mean"',
+    ),
+    Combination(
+        lambda run: (
+            run.privacy.unit != "none"
+            and (run.training.control_variates or run.training.proximal > 0)
+        ),
+        "privacy.unit takes clipped, noised steps only, without training.proximal, and "
+        "training.control_variates would release gradients without noise; leave both out",
+    ),
 )
 """All combinations that a run's configuration refuses; a test has one case for each."""

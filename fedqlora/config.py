@@ -19,6 +19,7 @@ from fedqlora.aggregation_config import AggregationConfig
 from fedqlora.combinations import COMBINATIONS
 from fedqlora.errors import ConfigError
 from fedqlora.section import Section
+from fedqlora.server_optimizer_config import ServerOptimizerConfig
 
 
 class ModelConfig(Section):
@@ -95,6 +96,12 @@ class TrainingConfig(Section):
     """Gradients are clipped to this norm over all trainable tensors."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    proximal: float = Field(default=0.0, ge=0)
+    """FedProx (arXiv 1812.06127): mu of the term mu/2 |w - w of the round's start|^2 that is added
+    to the loss, so that many local steps do not carry a site far from the others."""
+    control_variates: bool = False
+    """SCAFFOLD (arXiv 1910.06378): each step is corrected by the difference between all sites'
+    mean gradient and the site's own, of the last round that it took part in."""
 
 
 class DataConfig(Section):
@@ -189,6 +196,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     federation: FederationConfig = FederationConfig()
     aggregation: AggregationConfig = AggregationConfig()
+    server_optimizer: ServerOptimizerConfig = ServerOptimizerConfig()
     codec: CodecConfig = CodecConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     privacy: PrivacyConfig = PrivacyConfig()

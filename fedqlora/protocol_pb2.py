@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65\x64qlora/protocol.proto\x12\x08\x66\x65\x64qlora\">\n\x08\x45nvelope\x12\x0e\n\x06header\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\"\xeb\x01\n\x06Header\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0c\n\x04site\x18\x04 \x01(\t\x12\x1c\n\x04kind\x18\x05 \x01(\x0e\x32\x0e.fedqlora.Kind\x12\x0e\n\x06issued\x18\x06 \x01(\x04\x12\x16\n\x0epayload_digest\x18\x07 \x01(\x0c\x12\x12\n\nreplies_to\x18\x08 \x01(\x0c\x12\x12\n\nown_number\x18\t \x01(\x04\x12\x10\n\x08own_head\x18\n \x01(\x0c\x12\x13\n\x0bseen_number\x18\x0b \x01(\x04\x12\x11\n\tseen_head\x18\x0c \x01(\x0c\")\n\x07Tensors\x12\x10\n\x08\x65ncoding\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x89\x01\n\x08\x44\x65scribe\x12\x0e\n\x06\x63onfig\x18\x01 \x01(\t\x12\x39\n\x0cledger_heads\x18\n \x03(\x0b\x32#.fedqlora.Describe.LedgerHeadsEntry\x1a\x32\n\x10LedgerHeadsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xcc\x01\n\x05Train\x12\x0e\n\x06\x63onfig\x18\x01 \x01(\t\x12\"\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x11.fedqlora.Tensors\x12#\n\x08residual\x18\x03 \x01(\x0b\x32\x11.fedqlora.Tensors\x12\x36\n\x0cledger_heads\x18\n \x03(\x0b\x32 .fedqlora.Train.LedgerHeadsEntry\x1a\x32\n\x10LedgerHeadsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"c\n\x08\x45valuate\x12\x0e\n\x06\x63onfig\x18\x01 \x01(\t\x12\"\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x11.fedqlora.Tensors\x12#\n\x08residual\x18\x03 \x01(\x0b\x32\x11.fedqlora.Tensors\"*\n\x0bTensorShape\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\"\xf9\x01\n\x0b\x44\x65scription\x12\x13\n\x0b\x62\x61se_digest\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12&\n\x07tensors\x18\x03 \x03(\x0b\x32\x15.fedqlora.TensorShape\x12 \n\x05given\x18\x04 \x01(\x0b\x32\x11.fedqlora.Tensors\x12\x35\n\x08software\x18\x05 \x03(\x0b\x32#.fedqlora.Description.SoftwareEntry\x12\x13\n\x0bledger_head\x18\n \x01(\t\x1a/\n\rSoftwareEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd2\x01\n\x06Update\x12 \n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x11.fedqlora.Tensors\x12\x10\n\x08\x65xamples\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12.\n\x07metrics\x18\x04 \x03(\x0b\x32\x1d.fedqlora.Update.MetricsEntry\x12\x13\n\x0bledger_head\x18\n \x01(\t\x12\x0f\n\x07receipt\x18\x0b \x01(\x0c\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"e\n\x06Scores\x12,\n\x06values\x18\x01 \x03(\x0b\x32\x1c.fedqlora.Scores.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x82\x01\n\nEvaluation\x12\x32\n\x07subsets\x18\x01 \x03(\x0b\x32!.fedqlora.Evaluation.SubsetsEntry\x1a@\n\x0cSubsetsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.fedqlora.Scores:\x02\x38\x01\"7\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0c\n\x04rule\x18\x02 \x01(\t\x12\x10\n\x08sentence\x18\x03 \x01(\t*}\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x44\x45SCRIBE\x10\x01\x12\t\n\x05TRAIN\x10\x02\x12\x0c\n\x08\x45VALUATE\x10\x03\x12\x0f\n\x0b\x44\x45SCRIPTION\x10\x0b\x12\n\n\x06UPDATE\x10\x0c\x12\x0e\n\nEVALUATION\x10\r\x12\x0b\n\x07REFUSAL\x10\x13\x32=\n\x07Trainer\x12\x32\n\x08\x45xchange\x12\x12.fedqlora.Envelope\x1a\x12.fedqlora.Envelopeb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65\x64qlora/protocol.proto\x12\x08\x66\x65\x64qlora\">\n\x08\x45nvelope\x12\x0e\n\x06header\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\"\xeb\x01\n\x06Header\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0c\n\x04site\x18\x04 \x01(\t\x12\x1c\n\x04kind\x18\x05 \x01(\x0e\x32\x0e.fedqlora.Kind\x12\x0e\n\x06issued\x18\x06 \x01(\x04\x12\x16\n\x0epayload_digest\x18\x07 \x01(\x0c\x12\x12\n\nreplies_to\x18\x08 \x01(\x0c\x12\x12\n\nown_number\x18\t \x01(\x04\x12\x10\n\x08own_head\x18\n \x01(\x0c\x12\x13\n\x0bseen_number\x18\x0b \x01(\x04\x12\x11\n\tseen_head\x18\x0c \x01(\x0c\")\n\x07Tensors\x12\x10\n\x08\x65ncoding\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x89\x01\n\x08\x44\x65scribe\x12\x0e\n\x06\x63onfig\x18\x01 \x01(\t\x12\x39\n\x0cledger_heads\x18\n \x03(\x0b\x32#.fedqlora.Describe.LedgerHeadsEntry\x1a\x32\n\x10LedgerHeadsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xf0\x01\n\x05Train\x12\x0e\n\x06\x63onfig\x18\x01 \x01(\t\x12\"\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x11.fedqlora.Tensors\x12#\n\x08residual\x18\x03 \x01(\x0b\x32\x11.fedqlora.Tensors\x12\"\n\x07\x63ontrol\x18\x04 \x01(\x0b\x32\x11.fedqlora.Tensors\x12\x36\n\x0cledger_heads\x18\n \x03(\x0b\x32 .fedqlora.Train.LedgerHeadsEntry\x1a\x32\n\x10LedgerHeadsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"c\n\x08\x45valuate\x12\x0e\n\x06\x63onfig\x18\x01 \x01(\t\x12\"\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x11.fedqlora.Tensors\x12#\n\x08residual\x18\x03 \x01(\x0b\x32\x11.fedqlora.Tensors\"*\n\x0bTensorShape\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\"\xf9\x01\n\x0b\x44\x65scription\x12\x13\n\x0b\x62\x61se_digest\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12&\n\x07tensors\x18\x03 \x03(\x0b\x32\x15.fedqlora.TensorShape\x12 \n\x05given\x18\x04 \x01(\x0b\x32\x11.fedqlora.Tensors\x12\x35\n\x08software\x18\x05 \x03(\x0b\x32#.fedqlora.Description.SoftwareEntry\x12\x13\n\x0bledger_head\x18\n \x01(\t\x1a/\n\rSoftwareEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xf6\x01\n\x06Update\x12 \n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x11.fedqlora.Tensors\x12\x10\n\x08\x65xamples\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12.\n\x07metrics\x18\x04 \x03(\x0b\x32\x1d.fedqlora.Update.MetricsEntry\x12\"\n\x07\x63ontrol\x18\x05 \x01(\x0b\x32\x11.fedqlora.Tensors\x12\x13\n\x0bledger_head\x18\n \x01(\t\x12\x0f\n\x07receipt\x18\x0b \x01(\x0c\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"e\n\x06Scores\x12,\n\x06values\x18\x01 \x03(\x0b\x32\x1c.fedqlora.Scores.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x82\x01\n\nEvaluation\x12\x32\n\x07subsets\x18\x01 \x03(\x0b\x32!.fedqlora.Evaluation.SubsetsEntry\x1a@\n\x0cSubsetsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.fedqlora.Scores:\x02\x38\x01\"7\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0c\n\x04rule\x18\x02 \x01(\t\x12\x10\n\x08sentence\x18\x03 \x01(\t*}\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x44\x45SCRIBE\x10\x01\x12\t\n\x05TRAIN\x10\x02\x12\x0c\n\x08\x45VALUATE\x10\x03\x12\x0f\n\x0b\x44\x45SCRIPTION\x10\x0b\x12\n\n\x06UPDATE\x10\x0c\x12\x0e\n\nEVALUATION\x10\r\x12\x0b\n\x07REFUSAL\x10\x13\x32=\n\x07Trainer\x12\x32\n\x08\x45xchange\x12\x12.fedqlora.Envelope\x1a\x12.fedqlora.Envelopeb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,8 +43,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCORES_VALUESENTRY']._serialized_options = b'8\001'
   _globals['_EVALUATION_SUBSETSENTRY']._loaded_options = None
   _globals['_EVALUATION_SUBSETSENTRY']._serialized_options = b'8\001'
-  _globals['_KIND']._serialized_start=1632
-  _globals['_KIND']._serialized_end=1757
+  _globals['_KIND']._serialized_start=1704
+  _globals['_KIND']._serialized_end=1829
   _globals['_ENVELOPE']._serialized_start=37
   _globals['_ENVELOPE']._serialized_end=99
   _globals['_HEADER']._serialized_start=102
@@ -56,31 +56,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBE_LEDGERHEADSENTRY']._serialized_start=470
   _globals['_DESCRIBE_LEDGERHEADSENTRY']._serialized_end=520
   _globals['_TRAIN']._serialized_start=523
-  _globals['_TRAIN']._serialized_end=727
+  _globals['_TRAIN']._serialized_end=763
   _globals['_TRAIN_LEDGERHEADSENTRY']._serialized_start=470
   _globals['_TRAIN_LEDGERHEADSENTRY']._serialized_end=520
-  _globals['_EVALUATE']._serialized_start=729
-  _globals['_EVALUATE']._serialized_end=828
-  _globals['_TENSORSHAPE']._serialized_start=830
-  _globals['_TENSORSHAPE']._serialized_end=872
-  _globals['_DESCRIPTION']._serialized_start=875
-  _globals['_DESCRIPTION']._serialized_end=1124
-  _globals['_DESCRIPTION_SOFTWAREENTRY']._serialized_start=1077
-  _globals['_DESCRIPTION_SOFTWAREENTRY']._serialized_end=1124
-  _globals['_UPDATE']._serialized_start=1127
-  _globals['_UPDATE']._serialized_end=1337
-  _globals['_UPDATE_METRICSENTRY']._serialized_start=1291
-  _globals['_UPDATE_METRICSENTRY']._serialized_end=1337
-  _globals['_SCORES']._serialized_start=1339
-  _globals['_SCORES']._serialized_end=1440
-  _globals['_SCORES_VALUESENTRY']._serialized_start=1395
-  _globals['_SCORES_VALUESENTRY']._serialized_end=1440
-  _globals['_EVALUATION']._serialized_start=1443
-  _globals['_EVALUATION']._serialized_end=1573
-  _globals['_EVALUATION_SUBSETSENTRY']._serialized_start=1509
-  _globals['_EVALUATION_SUBSETSENTRY']._serialized_end=1573
-  _globals['_REFUSAL']._serialized_start=1575
-  _globals['_REFUSAL']._serialized_end=1630
-  _globals['_TRAINER']._serialized_start=1759
-  _globals['_TRAINER']._serialized_end=1820
+  _globals['_EVALUATE']._serialized_start=765
+  _globals['_EVALUATE']._serialized_end=864
+  _globals['_TENSORSHAPE']._serialized_start=866
+  _globals['_TENSORSHAPE']._serialized_end=908
+  _globals['_DESCRIPTION']._serialized_start=911
+  _globals['_DESCRIPTION']._serialized_end=1160
+  _globals['_DESCRIPTION_SOFTWAREENTRY']._serialized_start=1113
+  _globals['_DESCRIPTION_SOFTWAREENTRY']._serialized_end=1160
+  _globals['_UPDATE']._serialized_start=1163
+  _globals['_UPDATE']._serialized_end=1409
+  _globals['_UPDATE_METRICSENTRY']._serialized_start=1363
+  _globals['_UPDATE_METRICSENTRY']._serialized_end=1409
+  _globals['_SCORES']._serialized_start=1411
+  _globals['_SCORES']._serialized_end=1512
+  _globals['_SCORES_VALUESENTRY']._serialized_start=1467
+  _globals['_SCORES_VALUESENTRY']._serialized_end=1512
+  _globals['_EVALUATION']._serialized_start=1515
+  _globals['_EVALUATION']._serialized_end=1645
+  _globals['_EVALUATION_SUBSETSENTRY']._serialized_start=1581
+  _globals['_EVALUATION_SUBSETSENTRY']._serialized_end=1645
+  _globals['_REFUSAL']._serialized_start=1647
+  _globals['_REFUSAL']._serialized_end=1702
+  _globals['_TRAINER']._serialized_start=1831
+  _globals['_TRAINER']._serialized_end=1892
 # @@protoc_insertion_point(module_scope)

@@ -88,7 +88,7 @@ class Describe(_message.Message):
     def __init__(self, config: _Optional[str] = ..., ledger_heads: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Train(_message.Message):
-    __slots__ = ("config", "adapter", "residual", "ledger_heads")
+    __slots__ = ("config", "adapter", "residual", "control", "ledger_heads")
     class LedgerHeadsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -99,12 +99,14 @@ class Train(_message.Message):
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     RESIDUAL_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_FIELD_NUMBER: _ClassVar[int]
     LEDGER_HEADS_FIELD_NUMBER: _ClassVar[int]
     config: str
     adapter: Tensors
     residual: Tensors
+    control: Tensors
     ledger_heads: _containers.ScalarMap[str, str]
-    def __init__(self, config: _Optional[str] = ..., adapter: _Optional[_Union[Tensors, _Mapping]] = ..., residual: _Optional[_Union[Tensors, _Mapping]] = ..., ledger_heads: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    def __init__(self, config: _Optional[str] = ..., adapter: _Optional[_Union[Tensors, _Mapping]] = ..., residual: _Optional[_Union[Tensors, _Mapping]] = ..., control: _Optional[_Union[Tensors, _Mapping]] = ..., ledger_heads: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Evaluate(_message.Message):
     __slots__ = ("config", "adapter", "residual")
@@ -148,7 +150,7 @@ class Description(_message.Message):
     def __init__(self, base_digest: _Optional[str] = ..., family: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[TensorShape, _Mapping]]] = ..., given: _Optional[_Union[Tensors, _Mapping]] = ..., software: _Optional[_Mapping[str, str]] = ..., ledger_head: _Optional[str] = ...) -> None: ...
 
 class Update(_message.Message):
-    __slots__ = ("delta", "examples", "tokens", "metrics", "ledger_head", "receipt")
+    __slots__ = ("delta", "examples", "tokens", "metrics", "control", "ledger_head", "receipt")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -160,15 +162,17 @@ class Update(_message.Message):
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_FIELD_NUMBER: _ClassVar[int]
     LEDGER_HEAD_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
     delta: Tensors
     examples: int
     tokens: int
     metrics: _containers.ScalarMap[str, float]
+    control: Tensors
     ledger_head: str
     receipt: bytes
-    def __init__(self, delta: _Optional[_Union[Tensors, _Mapping]] = ..., examples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., ledger_head: _Optional[str] = ..., receipt: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, delta: _Optional[_Union[Tensors, _Mapping]] = ..., examples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., control: _Optional[_Union[Tensors, _Mapping]] = ..., ledger_head: _Optional[str] = ..., receipt: _Optional[bytes] = ...) -> None: ...
 
 class Scores(_message.Message):
     __slots__ = ("values",)

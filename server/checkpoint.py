@@ -5,7 +5,7 @@
       versions.json      what it ran on
       status.json        running, stopped, finished or failed, with the reason
       metrics.jsonl      one line per event (metrics.py)
-      rounds/0003/       adapter, residual (.safetensors) and state.json, written atomically
+      rounds/0003/       adapter, residual, memory (.safetensors) and state.json, written atomically
       adapter/           the final adapter in PEFT's own format
 
 A resumed run starts from the highest round folder; nothing else is needed of the past.
@@ -20,7 +20,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Checkpoint:
         round: finished rounds; 0 is the untrained adapter.
         adapter: the aggregated adapter after that round.
         residual: what the sites load frozen beside it; empty if the method keeps none.
+        memory: what the next round's aggregation needs beside both, such as moments.
         origin: what the sites agreed on.
         issued: highest issue number used so far.
     """
@@ -61,6 +62,7 @@ class Checkpoint:
     round: int
     adapter: Adapter
     residual: Adapter
+    memory: Adapter = field(default_factory=dict)
     origin: Origin
     issued: int
 
@@ -187,6 +189,7 @@ class RunFolder:
                 {
                     "adapter.safetensors": safetensors.numpy.save(checkpoint.adapter),
                     "residual.safetensors": safetensors.numpy.save(checkpoint.residual),
+                    "memory.safetensors": safetensors.numpy.save(checkpoint.memory),
                     "state.json": json.dumps(state, indent=2).encode() + b"\n",
                 },
             )
@@ -205,11 +208,13 @@ class RunFolder:
         try:
             adapter = safetensors.numpy.load_file(finished[-1] / "adapter.safetensors")
             residual = safetensors.numpy.load_file(finished[-1] / "residual.safetensors")
+            memory = safetensors.numpy.load_file(finished[-1] / "memory.safetensors")
             state = json.loads((finished[-1] / "state.json").read_text())
             return Checkpoint(
                 round=state["round"],
                 adapter=adapter,
                 residual=residual,
+                memory=memory,
                 origin=Origin(**state["origin"]),
                 issued=state["issued"],
             )

@@ -20,11 +20,12 @@ from fedqlora.config import RunConfig
 from fedqlora.errors import FederationError
 from fedqlora.halves import select_trained
 from server.aggregation.aggregate import Aggregate
-from server.aggregation.method import start_aggregation
+from server.aggregation.control import select_control
 from server.checkpoint import Checkpoint, Origin, RunFolder
 from server.evaluation import Evaluator
 from server.exchange import Exchange
 from server.history import read_history
+from server.intake import Intake
 from server.metrics import Metrics
 from server.model_card import render_card
 from server.norms import running_medians
@@ -32,7 +33,6 @@ from server.peft_format import write_adapter
 from server.receipts import Receipts
 from server.report import refresh_report
 from server.sites import Described, Sites
-from server.validation import fold
 
 log = logging.getLogger("server")
 
@@ -74,6 +74,7 @@ def federate(
             round=round_,
             adapter=result.adapter,
             residual=result.residual,
+            memory=result.memory,
             issued=exchange.issued,
         )
         folder.save(checkpoint)
@@ -102,10 +103,7 @@ def run_round(
         UpdateError: the run's method cannot aggregate this adapter.
     """
     started = time.monotonic()
-    medians = running_medians(metrics.read())
-    aggregator = start_aggregation(config, round_, before.adapter, before.residual, medians)
-    names = select_trained(before.adapter, config.aggregation.method, round_)
-    spec = AdapterSpec.of({name: before.adapter[name] for name in names})
+    intake = Intake(config, round_, before, running_medians(metrics.read()), sites.expected)
     addressees = sites.online()
     log.info("round %s: %s", round_, ", ".join(sorted(addressees.values())))
     outcomes: dict[str, str] = {}
@@ -113,11 +111,11 @@ def run_round(
         addressees,
         pb.TRAIN,
         round_,
-        _instruct(config, before, sites.receipts.heads()),
+        _instruct(config, round_, before, sites.receipts.heads()),
         config.federation.round_deadline_seconds,
     ):
         sites.receipts.keep(answer.site, answer.message)
-        facts = fold(answer, aggregator, before.adapter, spec, medians, config)
+        facts = intake.fold(answer)
         outcomes[answer.site] = facts["outcome"]
         metrics.append("site", round=round_, site=answer.site, **facts)
         exchange.judged(round_, answer.site, facts["outcome"])
@@ -134,7 +132,7 @@ def run_round(
             f"round {round_} has {used} usable updates of at least "
             f"{config.federation.min_sites} ({why}); mend those sites, then resume the run"
         )
-    result = aggregator.finish()
+    result = intake.finish()
     seconds = round(time.monotonic() - started, 3)
     aside = {"set_aside": result.set_aside} if result.set_aside else {}
     metrics.append("round", round=round_, sites=used, seconds=seconds, **result.figures, **aside)
@@ -147,12 +145,20 @@ def run_round(
     return result
 
 
-def _instruct(config: RunConfig, before: Checkpoint, ledger_heads: Mapping[str, str]) -> bytes:
+def _instruct(
+    config: RunConfig, round_: int, before: Checkpoint, ledger_heads: Mapping[str, str]
+) -> bytes:
     """The payload of a training instruction, the same for every site."""
+    control = None
+    if config.training.control_variates:
+        names = select_trained(before.adapter, config.aggregation.method, round_)
+        spec = AdapterSpec.of({name: before.adapter[name] for name in names})
+        control = encode(select_control(before.memory, spec), "float32")
     train = pb.Train(
         config=config.model_dump_json(),
         adapter=encode(before.adapter, "float32"),
         residual=encode(before.residual, "float32") if before.residual else None,
+        control=control,
         ledger_heads=ledger_heads,
     )
     return train.SerializeToString()

@@ -46,6 +46,9 @@ class Sites:
         registered: number of sites in the roster.
         agreed: what earlier rounds of this run were based on; None in a new run.
         receipts: what sites said about the privacy that they spent.
+
+    Attributes:
+        expected: how many sites the run counts on.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class Sites:
         self._config = config
         self._exchange = exchange
         self._metrics = metrics
-        self._expected = config.federation.expected_sites or max(
+        self.expected = config.federation.expected_sites or max(
             registered, config.federation.min_sites
         )
         self._agreed = agreed
@@ -89,7 +92,7 @@ class Sites:
             FederationError: fewer than `min_sites` are usable after `wait_seconds`, or the
                 sites disagree.
         """
-        self._wait(self._expected)
+        self._wait(self.expected)
 
     def online(self) -> dict[int, str]:
         """Usable sites that are connected now: node id -> name.
@@ -110,7 +113,7 @@ class Sites:
             self._describe(connected - self._asked, max(1.0, deadline - time.monotonic()))
             usable = {node: site for site, node in self._nodes.items() if node in connected}
             # Nobody else can come: waiting would not help.
-            complete = len(connected) >= self._expected and connected <= self._asked
+            complete = len(connected) >= self.expected and connected <= self._asked
             late = complete or time.monotonic() > deadline
             if len(usable) >= wanted or (late and len(usable) >= settings.min_sites):
                 return usable

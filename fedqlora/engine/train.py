@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from fedqlora.adapter import Adapter, subtract
 from fedqlora.config import TrainingConfig
 from fedqlora.engine.batch import count_targets
 from fedqlora.engine.data import Tokenized
+from fedqlora.engine.drift import Drift
 from fedqlora.engine.gradients import check_gradients
 from fedqlora.engine.loss import plan_batches, sum_losses
 from fedqlora.engine.model import BaseModel
@@ -42,6 +43,7 @@ class Trained:
         tokens: completion tokens trained on, repeats counted.
         loss: mean loss of a completion token over the round, before each step's update.
         step_seconds: time inside optimizer steps.
+        gradient: mean of the uncorrected gradients, where a correction was given; else empty.
     """
 
     delta: Adapter
@@ -49,6 +51,7 @@ class Trained:
     tokens: int
     loss: float
     step_seconds: float
+    gradient: Adapter = field(default_factory=dict)
 
 
 def train(
@@ -63,6 +66,7 @@ def train(
     rounds: int,
     residual: Adapter | None = None,
     trained: Collection[str] | None = None,
+    correction: Adapter | None = None,
 ) -> Trained:
     """Train one round; the same inputs give the same delta, to the bit on a CPU.
 
@@ -77,6 +81,7 @@ def train(
         rounds: all rounds of the run, over which the learning rate is scheduled.
         residual: what lies frozen beside the adapter; None for nothing.
         trained: names of the tensors that train; None for all.
+        correction: what SCAFFOLD adds to each step's gradient; None for nothing.
 
     Raises:
         DataError: no example has a completion token to learn.
@@ -91,6 +96,7 @@ def train(
     set_checkpointing(base, config.gradient_checkpointing)
     parameters = base.trainable()
     optimizer = make_optimizer(list(parameters.values()), config, base.device)
+    drift = Drift(parameters, config.proximal, correction)
     draw = _draw_examples(len(usable), _derive_seed(seed, site, round_, "order"))
     loss = 0.0
     tokens = 0
@@ -104,6 +110,7 @@ def train(
             step_loss = _accumulate(base, chosen, count, config)
             if step == 0:
                 check_gradients({name: p.grad for name, p in parameters.items()})
+            drift.correct()
             rate = learning_rate(config, (round_ - 1) * config.steps + step, rounds * config.steps)
             _update(parameters, optimizer, rate, config.max_grad_norm, step)
             loss += step_loss
@@ -127,6 +134,7 @@ def train(
         tokens=tokens,
         loss=loss / tokens,
         step_seconds=seconds,
+        gradient=drift.mean_gradient(),
     )
 
 

@@ -19,12 +19,14 @@ class Aggregate:
         residual: what they load beside it, frozen, with scale 1; empty if there is none.
         figures: norms that the round's metrics record.
         set_aside: sites whose valid updates did not count, by name.
+        memory: what the next round's aggregation needs beside both, such as moments.
     """
 
     adapter: Adapter
     residual: Adapter = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
     set_aside: tuple[str, ...] = ()
+    memory: Adapter = field(default_factory=dict)
 
 
 class Aggregator(Protocol):

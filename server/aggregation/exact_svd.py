@@ -14,7 +14,8 @@ import numpy as np
 from fedqlora.adapter import INITIAL_ROW_NORM, Adapter, FloatArray, rank_of
 from fedqlora.errors import UpdateError
 from server.aggregation.aggregate import Aggregate, check_weight
-from server.aggregation.factors import Layer, Matrix, decompose, pad_rank, pair_layers
+from server.aggregation.factors import Layer, Matrix, Product, decompose, pad_rank, pair_layers
+from server.aggregation.momentum import Momentum
 
 
 class ExactSvd:
@@ -28,13 +29,20 @@ class ExactSvd:
         residual: what lay frozen beside it, with scale 1; empty for none.
         scale: what the adapter's B A is multiplied by.
         residual_rank: the largest rank of the next residual.
+        momentum: of the products, with what earlier rounds left of it; None for none.
 
     Raises:
         UpdateError: a tensor of the adapter is not one of a pair of matrices.
     """
 
     def __init__(
-        self, adapter: Adapter, residual: Adapter, *, scale: float, residual_rank: int
+        self,
+        adapter: Adapter,
+        residual: Adapter,
+        *,
+        scale: float,
+        residual_rank: int,
+        momentum: Momentum | None = None,
     ) -> None:
         self._layers = pair_layers(adapter)
         self._adapter = adapter
@@ -42,6 +50,7 @@ class ExactSvd:
         self._scale = scale
         self._rank = rank_of(adapter)
         self._residual_rank = residual_rank
+        self._momentum = momentum
         self._updates: dict[str, tuple[Adapter, int]] = {}
 
     def add(self, site: str, delta: Adapter, weight: int) -> None:
@@ -65,9 +74,13 @@ class ExactSvd:
             raise UpdateError("no update was taken; a round needs at least one")
         adapter: Adapter = {}
         residual: Adapter = {}
+        memory: Adapter = {}
         kept = discarded = 0.0
         for layer in self._layers:
-            u, s, v = self._decompose_mean(layer)
+            product = self._mean(layer)
+            if self._momentum is not None:
+                product = self._momentum.move(layer, self._present(layer), product, memory)
+            u, s, v = decompose(*product)
             rank, end = self._rank, self._rank + self._residual_rank
             adapter[layer.a] = pad_rank(INITIAL_ROW_NORM * v[:rank], rank, axis=0)
             left = u[:, :rank] * (s[:rank] / (INITIAL_ROW_NORM * self._scale))
@@ -83,10 +96,20 @@ class ExactSvd:
             adapter=adapter,
             residual=residual if rank_of(residual) else {},
             figures={"residual_norm": math.sqrt(kept), "discarded_norm": math.sqrt(discarded)},
+            memory=memory,
         )
 
-    def _decompose_mean(self, layer: Layer) -> tuple[Matrix, Matrix, Matrix]:
-        """SVD of the weighted mean of the sites' products plus the present residual."""
+    def _present(self, layer: Layer) -> Product:
+        """What all sites started from: the adapter's product plus the residual's."""
+        lefts = [_wide(self._adapter[layer.b]) * self._scale]
+        rights = [_wide(self._adapter[layer.a])]
+        if self._residual:
+            lefts.append(_wide(self._residual[layer.b]))
+            rights.append(_wide(self._residual[layer.a]))
+        return lefts, rights
+
+    def _mean(self, layer: Layer) -> Product:
+        """The weighted mean of the sites' products plus the present residual."""
         total = sum(weight for _, weight in self._updates.values())
         lefts: list[Matrix] = []
         rights: list[Matrix] = []
@@ -100,7 +123,7 @@ class ExactSvd:
         if self._residual:
             lefts.append(_wide(self._residual[layer.b]))
             rights.append(_wide(self._residual[layer.a]))
-        return decompose(lefts, rights)
+        return lefts, rights
 
 
 def _wide(value: FloatArray) -> Matrix:

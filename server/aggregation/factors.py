@@ -16,6 +16,8 @@ from fedqlora.adapter import A_PART, B_PART, FloatArray
 from fedqlora.errors import UpdateError
 
 Matrix = NDArray[np.float64]
+Product = tuple[list[Matrix], list[Matrix]]
+"""Matrices (d_out, k_i) and (k_i, d_in) of which the sum of all products is meant."""
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,20 @@ from collections.abc import Mapping
 
 from fedqlora.adapter import Adapter
 from fedqlora.config import RunConfig
+from fedqlora.halves import select_trained
 from server.aggregation.aggregate import Aggregator
 from server.aggregation.collected import Collected, Updates
 from server.aggregation.coordinates import take_median, take_trimmed_mean
 from server.aggregation.exact_svd import ExactSvd
 from server.aggregation.factors import Matrix
 from server.aggregation.fedavg import FedAvg
+from server.aggregation.fedopt import FedOpt
 from server.aggregation.fedsvd import FedSvd
 from server.aggregation.ffa import Ffa
 from server.aggregation.geometric_median import weigh_by_distance
 from server.aggregation.geometry import factor_gram, product_gram, squared_distances
 from server.aggregation.krum import select_by_krum
+from server.aggregation.momentum import Momentum
 from server.aggregation.norm_clipping import (
     NormClipping,
     clip_to_median,
@@ -31,6 +34,7 @@ def start_aggregation(
     round_: int,
     adapter: Adapter,
     residual: Adapter,
+    memory: Adapter,
     medians: Mapping[str, float],
 ) -> Aggregator:
     """The aggregator of one round, with nothing folded in yet.
@@ -40,6 +44,7 @@ def start_aggregation(
         round_: from 1.
         adapter: the round's starting point.
         residual: what lies frozen beside it; empty for every method but `exact_svd`.
+        memory: what the round before left to this one; empty at first.
         medians: of the norms of earlier rounds' updates; empty in the first.
 
     Raises:
@@ -50,7 +55,11 @@ def start_aggregation(
     scale, malicious = config.lora.scale, config.aggregation.malicious_sites
 
     def start() -> Aggregator:
-        return _start_method(config, round_, adapter, residual)
+        method = _start_method(config, round_, adapter, residual, memory)
+        if config.server_optimizer.name == "none" or in_products:
+            return method
+        trained = select_trained(adapter, config.aggregation.method, round_)
+        return FedOpt(method, adapter, trained, config.server_optimizer, memory)
 
     def measure(updates: Updates) -> Matrix:
         deltas = [delta for delta, _ in updates.values()]
@@ -81,7 +90,7 @@ def start_aggregation(
 
 
 def _start_method(
-    config: RunConfig, round_: int, adapter: Adapter, residual: Adapter
+    config: RunConfig, round_: int, adapter: Adapter, residual: Adapter, memory: Adapter
 ) -> Aggregator:
     match config.aggregation.method:
         case "fedavg":
@@ -98,4 +107,17 @@ def _start_method(
                 residual,
                 scale=config.lora.scale,
                 residual_rank=config.residual_rank,
+                momentum=_momentum(config, memory),
             )
+
+
+def _momentum(config: RunConfig, memory: Adapter) -> Momentum | None:
+    """Of the products. Twice all ranks hold the difference of two rounds, which it is at rate 1."""
+    if config.server_optimizer.name == "none":
+        return None
+    return Momentum(
+        beta=config.server_optimizer.momentum,
+        rate=config.server_optimizer.rate,
+        rank=2 * (config.lora.rank + config.residual_rank),
+        memory=memory,
+    )

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.budget import Budget
+from client.control import Control
 from client.feedback import Feedback
 from client.policy import Limits, Metrics, Models, Policy
 from client.textfile import Textfile
@@ -51,6 +53,7 @@ class Site:
             policy=self.policy,
             audit=audit,
             feedback=Feedback(self.folder / "feedback"),
+            control=Control(self.folder / "control"),
             textfile=Textfile(self.folder / "metrics.prom", audit),
             warm=WarmModel(),
             budget=Budget("a", self.folder, self.policy, SITE),
@@ -487,3 +490,48 @@ def test_a_site_below_the_runs_rank_describes_the_runs_adapter_and_trains_its_ow
     refusal = ask(service, pb.DESCRIBE, describe(run_config(lora={"rank": 4})), 3)
     assert isinstance(refusal, pb.Refusal)
     assert refusal.rule == "limits.rank"
+
+
+def test_control_variates_leave_as_changes_and_correct_the_next_round(site: Site) -> None:
+    sections: dict[str, dict[str, object]] = {
+        "training": {"steps": 2, "batch_examples": 4, "max_length": 64, "control_variates": True},
+        "aggregation": {"method": "ffa"},
+        "codec": {"update": "float32"},
+    }
+    config = run_config(**sections)
+    train, spec = instruct(config, described(site.service(), config))
+    names = [name for name, _ in spec.shapes if ".lora_B." in name]
+    adapter = decode(train.adapter)
+    everyone = {name: np.zeros_like(adapter[name]) for name in names}
+    train.control.CopyFrom(encode(everyone, "float32"))
+    first = ask(site.service(), pb.TRAIN, train, 2)
+    assert isinstance(first, pb.Update)
+    gradient = decode(first.control)
+    assert sorted(gradient) == sorted(names)
+    assert all(value.any() for value in gradient.values())
+    # Everyone's gradient is this site's: the next instruction corrects nothing, and differs from
+    # one that still says zero.
+    train.control.CopyFrom(encode(gradient, "float32"))
+    second, envelope_round = [], 2
+    for issued, control in ((3, gradient), (4, everyone)):
+        train.control.CopyFrom(encode(control, "float32"))
+        sent, data = exchange(site.service(), pb.TRAIN, train, issued, round_=envelope_round)
+        update = parse(sent, data)
+        assert isinstance(update, pb.Update)
+        second.append(update)
+    assert second[0].delta.data != second[1].delta.data
+    # Done again from the round before: the same change of the same first gradient.
+    line = site.audit()[-1]
+    assert line["control"] == hashlib.sha256(second[1].control.data).hexdigest()
+
+
+def test_a_site_without_the_centres_control_variate_refuses_the_round(site: Site) -> None:
+    sections: dict[str, dict[str, object]] = {
+        "training": {"steps": 2, "batch_examples": 4, "max_length": 64, "control_variates": True},
+        "aggregation": {"method": "fedavg"},
+    }
+    config = run_config(**sections)
+    train, _ = instruct(config, described(site.service(), config))
+    refusal = ask(site.service(), pb.TRAIN, train, 2)
+    assert isinstance(refusal, pb.Refusal)
+    assert refusal.code == "UpdateError"

@@ -195,3 +195,52 @@ def test_a_site_without_completions_is_refused(llama: BaseModel, start: Start) -
 
 def test_the_loss_of_nothing_is_not_a_number(llama: BaseModel, start: Start) -> None:
     assert math.isnan(mean_loss(llama, start(llama), [], CONFIG))
+
+
+def test_a_proximal_term_keeps_a_site_nearer_to_its_start(
+    llama: BaseModel, start: Start, examples: list[Tokenized]
+) -> None:
+    plain = run(llama, start(llama), examples)
+    assert same(run(llama, start(llama), examples, CONFIG).delta, plain.delta)
+    pulled = run(llama, start(llama), examples, CONFIG.model_copy(update={"proximal": 100.0}))
+    assert norm(pulled.delta) < 0.8 * norm(plain.delta)
+    # At the start there is no distance to pull back over.
+    one = CONFIG.model_copy(update={"steps": 1, "schedule": "constant"})
+    first = run(llama, start(llama), examples, one)
+    held = run(llama, start(llama), examples, one.model_copy(update={"proximal": 100.0}))
+    assert same(held.delta, first.delta)
+
+
+def correct(
+    base: BaseModel, adapter: Adapter, examples: list[Tokenized], correction: Adapter, steps: int
+) -> Trained:
+    config = CONFIG.model_copy(update={"steps": steps, "schedule": "constant"})
+    return train(
+        base, adapter, examples, config,
+        seed=1, site="a", round_=1, rounds=1, correction=correction,
+    )  # fmt: skip
+
+
+def test_the_mean_gradient_is_uncorrected_and_a_correction_by_its_opposite_stops_the_site(
+    llama: BaseModel, start: Start, examples: list[Tokenized]
+) -> None:
+    adapter = add(start(llama), run(llama, start(llama), examples).delta)
+    nothing = {name: np.zeros_like(value) for name, value in adapter.items()}
+    plain = correct(llama, adapter, examples, nothing, 1)
+    assert plain.gradient.keys() == adapter.keys()
+    assert norm(plain.gradient) > 0
+    assert norm(plain.delta) > 0
+    opposite = {name: -value for name, value in plain.gradient.items()}
+    stopped = correct(llama, adapter, examples, opposite, 1)
+    assert same(stopped.gradient, plain.gradient)
+    assert norm(stopped.delta) < 1e-3 * norm(plain.delta)
+    # Over two steps it is the mean of both.
+    two = correct(llama, adapter, examples, nothing, 2)
+    assert not same(two.gradient, plain.gradient)
+    assert 0.2 * norm(plain.gradient) < norm(two.gradient) < 2 * norm(plain.gradient)
+
+
+def test_no_correction_gives_no_gradient(
+    llama: BaseModel, start: Start, examples: list[Tokenized]
+) -> None:
+    assert run(llama, start(llama), examples).gradient == {}

@@ -9,6 +9,7 @@ import pytest
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.budget import Budget
+from client.control import Control
 from client.feedback import Feedback
 from client.policy import Models, Policy
 from client.textfile import Textfile
@@ -71,6 +72,7 @@ def make_trainer(folder: Path, site: str, model_type: str, warm: WarmModel) -> T
         policy=policy,
         audit=audit,
         feedback=Feedback(folder / site / "feedback"),
+        control=Control(folder / site / "control"),
         textfile=Textfile(folder / site / "metrics.prom", audit),
         budget=Budget(site, folder / site, policy, site_key(site)),
         warm=warm,

@@ -167,9 +167,69 @@ def test_a_trimmed_mean_needs_one_site_more_than_it_leaves_out() -> None:
     validate(RunConfig, {**ruled, "federation": {"min_sites": 5}}, "run.toml")
 
 
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("exact_svd", "adam"), ("exact_svd", "yogi")]
+    + [("fedsvd", name) for name in ("momentum", "adam", "yogi")],
+)
+def test_moments_of_values_do_not_go_with_factors_made_anew(method: str, name: str) -> None:
+    optimized = {**GOOD, "server_optimizer": {"name": name}, "aggregation": {"method": method}}
+    with pytest.raises(ConfigError, match=r"server_optimizer keeps moments .*momentum"):
+        validate(RunConfig, optimized, "run.toml")
+    for other in ("fedavg", "ffa"):
+        validate(RunConfig, {**optimized, "aggregation": {"method": other}}, "run.toml")
+
+
+def test_momentum_of_products_goes_with_exact_svd() -> None:
+    validate(RunConfig, {**GOOD, "server_optimizer": {"name": "momentum"}}, "run.toml")
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam", "yogi"])
+def test_no_optimizer_moves_the_half_that_rolora_holds_still(name: str) -> None:
+    optimized = {**GOOD, "server_optimizer": {"name": name}, "aggregation": {"method": "rolora"}}
+    with pytest.raises(ConfigError, match="the half of the adapter that rolora holds still"):
+        validate(RunConfig, optimized, "run.toml")
+
+
+SCAFFOLD = {**GOOD, "training": {"control_variates": True}, "aggregation": {"method": "fedavg"}}
+
+
+@pytest.mark.parametrize("method", ["exact_svd", "fedsvd"])
+def test_control_variates_do_not_go_with_factors_made_anew(method: str) -> None:
+    validate(RunConfig, SCAFFOLD, "run.toml")
+    with pytest.raises(ConfigError, match=r"control_variates .* makes anew each round"):
+        validate(RunConfig, {**SCAFFOLD, "aggregation": {"method": method}}, "run.toml")
+
+
+def test_control_variates_do_not_go_with_alternate_halves() -> None:
+    with pytest.raises(ConfigError, match=r"control_variates .* rolora does not train in the"):
+        validate(RunConfig, {**SCAFFOLD, "aggregation": {"method": "rolora"}}, "run.toml")
+
+
+@pytest.mark.parametrize("update", ["int8", "nf4", "topk"])
+def test_control_variates_travel_in_plain_encodings_only(update: str) -> None:
+    with pytest.raises(ConfigError, match=r'control_variates .*update = "bfloat16"'):
+        validate(RunConfig, {**SCAFFOLD, "codec": {"update": update}}, "run.toml")
+    validate(RunConfig, {**SCAFFOLD, "codec": {"update": "float32"}}, "run.toml")
+
+
+@pytest.mark.parametrize("rule", ["median", "geometric_median", "norm_clipping"])
+def test_control_variates_do_not_go_with_sites_that_lie(rule: str) -> None:
+    aggregation = {"method": "fedavg", "rule": rule}
+    with pytest.raises(ConfigError, match=r"control_variates .* one that lies would steer all"):
+        validate(RunConfig, {**SCAFFOLD, "aggregation": aggregation}, "run.toml")
+
+
+@pytest.mark.parametrize("training", [{"control_variates": True}, {"proximal": 0.1}])
+def test_privacy_goes_with_plain_steps_only(training: dict[str, object]) -> None:
+    private = {**PRIVATE, "training": {"packing": False, **training}}
+    with pytest.raises(ConfigError, match=r"privacy.unit takes clipped, noised steps only"):
+        validate(RunConfig, private, "run.toml")
+
+
 def test_every_refused_combination_has_a_case_above() -> None:
     """A new row needs a test of its own: this one fails until it is counted."""
-    assert len(COMBINATIONS) == 12
+    assert len(COMBINATIONS) == 19
 
 
 def test_exact_svd_is_the_default_and_keeps_four_times_the_rank() -> None:

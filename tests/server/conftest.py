@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedqlora import protocol_pb2 as pb
-from fedqlora.adapter import Adapter, AdapterSpec, lower_rank
+from fedqlora.adapter import Adapter, AdapterSpec, lower_rank, subtract
 from fedqlora.audit import AuditLog
 from fedqlora.codec import decode, encode
 from fedqlora.config import RunConfig, validate
@@ -38,6 +38,10 @@ def keep(delta: Adapter) -> Adapter:
     return delta
 
 
+def _zeros(like: Adapter) -> Adapter:
+    return {name: np.zeros_like(value) for name, value in like.items()}
+
+
 @dataclass
 class LearningSite:
     """A worker whose "training" moves every weight a step towards the site's own number."""
@@ -50,6 +54,8 @@ class LearningSite:
     rank: int | None = None
     trained: list[int] = field(default_factory=list)
     residuals: list[Adapter] = field(default_factory=list)
+    controls: list[Adapter] = field(default_factory=list)
+    gradient: Adapter = field(default_factory=dict)
 
     def perform(
         self, header: pb.Header, config: RunConfig, body: pb.Describe | pb.Train | pb.Evaluate
@@ -68,11 +74,19 @@ class LearningSite:
         names = select_trained(adapter, config.aggregation.method, header.round)
         lower, _ = lower_rank(adapter, {}, self.rank or config.lora.rank, config.lora.scale)
         delta = {name: ((self.target - lower[name]) / 2).astype(np.float32) for name in names}
+        control = None
+        if body.HasField("control"):
+            self.controls.append(decode(body.control))
+            # Its "gradient" is how far it has to go; what leaves is the change.
+            gradient = {name: 2 * value for name, value in delta.items()}
+            control = encode(subtract(gradient, self.gradient or _zeros(gradient)), "float32")
+            self.gradient = gradient
         return pb.Update(
             delta=encode(self.spoil(delta), config.codec.update),
             examples=self.examples,
             tokens=100,
             metrics={"train_loss": 1.0},
+            control=control,
         )
 
     def refused(self, header: pb.Header, refusal: pb.Refusal) -> None:

@@ -20,6 +20,7 @@ def checkpoint(round_: int, size: int = 4) -> Checkpoint:
         round=round_,
         adapter={"m.lora_A.weight": np.full((size, 4), round_, dtype=np.float32)},
         residual={"m.lora_A.weight": np.full((2, 4), -round_, dtype=np.float32)},
+        memory={"first/m": np.full(3, round_ / 2, dtype=np.float32)},
         origin=Origin(base_digest="d", family="causal"),
         issued=7,
     )
@@ -35,6 +36,7 @@ def test_the_newest_round_comes_back_as_saved(tmp_path: Path) -> None:
     assert (newest.round, newest.origin, newest.issued) == (2, checkpoint(2).origin, 7)
     np.testing.assert_array_equal(newest.adapter["m.lora_A.weight"], np.full((4, 4), 2))
     np.testing.assert_array_equal(newest.residual["m.lora_A.weight"], np.full((2, 4), -2))
+    np.testing.assert_array_equal(newest.memory["first/m"], np.full(3, 1.0))
     assert RunFolder(folder.path).config() == CONFIG
 
 
@@ -89,7 +91,7 @@ def test_a_checkpoint_cut_off_by_a_crash_is_not_seen(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_and_a_foreign_folder_are_named(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, CONFIG)
     folder.save(checkpoint(0))
-    for name in ("adapter.safetensors", "residual.safetensors"):
+    for name in ("adapter.safetensors", "residual.safetensors", "memory.safetensors"):
         file = folder.path / "rounds" / "0000" / name
         whole = file.read_bytes()
         file.write_bytes(b"half")

@@ -256,7 +256,7 @@ def config_of(method: str, rule: str, sites: int) -> RunConfig:
 def product_after(method: str, rule: str, deltas: list[Adapter]) -> NDArray[np.float64]:
     adapter = start_adapter()
     config = config_of(method, rule, len(deltas))
-    aggregator = start_aggregation(config, 1, adapter, {}, {})
+    aggregator = start_aggregation(config, 1, adapter, {}, {}, {})
     for number, delta in enumerate(deltas):
         part = delta if method != "ffa" else {B: delta[B]}
         aggregator.add(f"s{number}", part, 7)
@@ -295,7 +295,7 @@ def test_the_order_of_arrival_cannot_change_a_bit(
     deltas = [{n: d[n] for n in names} for d in random_deltas(5, seed)]
     results = []
     for arrival in (range(5), order):
-        aggregator = start_aggregation(config_of(method, rule, 5), 1, start_adapter(), {}, {})
+        aggregator = start_aggregation(config_of(method, rule, 5), 1, start_adapter(), {}, {}, {})
         for number in arrival:
             aggregator.add(f"s{number}", deltas[number], 1 + number)
         results.append(aggregator.finish())
@@ -305,7 +305,7 @@ def test_the_order_of_arrival_cannot_change_a_bit(
 
 
 def test_who_did_not_count_is_named_and_a_second_update_is_refused() -> None:
-    aggregator = start_aggregation(config_of("fedavg", "krum", 5), 1, start_adapter(), {}, {})
+    aggregator = start_aggregation(config_of("fedavg", "krum", 5), 1, start_adapter(), {}, {}, {})
     for number, delta in enumerate(random_deltas(5, 3)):
         aggregator.add(f"s{number}", delta, 1)
     with pytest.raises(UpdateError, match="second update"):
@@ -328,7 +328,7 @@ def test_a_lower_rank_counts_as_the_change_that_it_makes() -> None:
 
 def test_clipping_against_earlier_rounds_holds_no_update() -> None:
     config = config_of("fedavg", "norm_clipping", 2)
-    aggregator = start_aggregation(config, 2, start_adapter(), {}, {"update_norm": 0.5})
+    aggregator = start_aggregation(config, 2, start_adapter(), {}, {}, {"update_norm": 0.5})
     deltas = random_deltas(2, 5)
     expected = {
         name: start_adapter()[name]
