@@ -43,3 +43,13 @@ class AggregationConfig(Section):
     malicious_sites: int = Field(default=1, ge=1)
     """How many sites may lie (f) without harm: `krum` and `multi_krum` need `min_sites` of 2 f + 3;
     `trimmed_mean` leaves out the f largest and the f smallest of each value."""
+    canary: float | None = Field(default=None, ge=0)
+    """Largest increase of the held-out loss over that of the last promoted adapter, as a share of
+    it (0.02: 2 %). A round that is worse is set back: the next starts where it did. Holds every
+    update of a round in memory, and evaluates every round."""
+    canary_trials: int = Field(default=4, ge=0)
+    """When a round is set back, so many sites, those with the longest updates, are left out one at
+    a time to find who made it worse. Each costs an evaluation."""
+    exclude_after: int | None = Field(default=None, ge=1)
+    """A site that was found so many times takes no further part in the run; without it none is
+    excluded."""

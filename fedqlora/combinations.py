@@ -148,5 +148,20 @@ COMBINATIONS = (
         "privacy.unit takes clipped, noised steps only, without training.proximal, and "
         "training.control_variates would release gradients without noise; leave both out",
     ),
+    Combination(
+        lambda run: run.aggregation.canary is not None and not run.evaluation.enabled,
+        "aggregation.canary compares held-out losses, which nobody computes; set "
+        "evaluation.enabled = true or leave aggregation.canary out",
+    ),
+    Combination(
+        lambda run: run.aggregation.exclude_after is not None and run.aggregation.canary is None,
+        "aggregation.exclude_after counts rounds that aggregation.canary set back; set "
+        "aggregation.canary or leave it out",
+    ),
+    Combination(
+        lambda run: run.aggregation.canary is not None and run.training.control_variates,
+        "aggregation.canary sets the centre back, and training.control_variates stay at the sites "
+        "where they are, so both would no longer fit; leave one of them out",
+    ),
 )
 """All combinations that a run's configuration refuses; a test has one case for each."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +16,13 @@ from fedqlora.config import RunConfig
 from fedqlora.envelope import instruction_digest, verify_reply
 from fedqlora.errors import FederationError
 from fedqlora.protocol_pb2_grpc import TrainerStub
+from server.metrics import Metrics
+
+log = logging.getLogger("server")
 
 NAME = "evaluator"
+ALL = "all"
+"""The row of scores that is about all held-out files together."""
 Scores = dict[str, dict[str, float]]
 Sign = Callable[[pb.Kind, str, int, bytes], bytes]
 
@@ -69,3 +75,15 @@ class Evaluator:
             raise FederationError(f"the evaluator refused: {refusal.code}: {refusal.sentence}")
         evaluation = pb.Evaluation.FromString(reply.payload)
         return {name: dict(scores.values) for name, scores in evaluation.subsets.items()}
+
+
+def record_scores(metrics: Metrics, round_: int, scores: Scores, seconds: float) -> None:
+    """Write down what a round's adapter scored.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    metrics.append("evaluation", round=round_, scores=scores, seconds=round(seconds, 3))
+    for name, values in scores.items():
+        figures = ", ".join(f"{metric} {value:.4g}" for metric, value in sorted(values.items()))
+        log.info("round %s: held-out %s: %s", round_, name, figures)

@@ -40,6 +40,19 @@ class Contribution:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rollback:
+    """A round that was set back."""
+
+    round: int
+    loss: float | None
+    """Held-out loss of its adapter; None if that was not finite."""
+    limit: float
+    """The largest that would have been promoted."""
+    site: str
+    """Who made it worse; empty if nobody stood out."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class History:
     """A run so far."""
 
@@ -55,6 +68,10 @@ class History:
     """Finished round -> its seconds."""
     set_aside: Mapping[int, tuple[str, ...]]
     """Finished round -> sites whose valid updates its rule of aggregation did not count."""
+    absent: Mapping[int, Mapping[str, str]]
+    """Finished round -> site that was not asked -> why."""
+    rollbacks: tuple[Rollback, ...]
+    """Rounds whose adapter was not promoted."""
     contributions: tuple[Contribution, ...]
     """In the order of rounds and sites."""
     scores: Mapping[int, Counts]
@@ -108,6 +125,8 @@ def read_history(folder: RunFolder) -> History:
     events = _read_events(folder.path / "metrics.jsonl")
     rounds: dict[int, float] = {}
     set_aside: dict[int, tuple[str, ...]] = {}
+    absent: dict[int, Mapping[str, str]] = {}
+    rollbacks: list[Rollback] = []
     sites: dict[tuple[int, str], Contribution] = {}
     scores: dict[int, Counts] = {}
     scoring: dict[int, float] = {}
@@ -134,6 +153,17 @@ def read_history(folder: RunFolder) -> History:
             case "round":
                 rounds[round_] = figures.get("seconds", 0.0)
                 set_aside[round_] = tuple(str(name) for name in line.get("set_aside", ()))
+                reasons = _table(line.get("absent"))
+                absent[round_] = {name: str(reason) for name, reason in reasons.items()}
+            case "rollback":
+                rollbacks.append(
+                    Rollback(
+                        round=round_,
+                        loss=figures.get("loss"),
+                        limit=figures.get("limit", 0.0),
+                        site=site,
+                    )
+                )
             case "evaluation":
                 scores[round_] = _counts(line.get("scores"))
                 scoring[round_] = figures.get("seconds", 0.0)
@@ -147,6 +177,8 @@ def read_history(folder: RunFolder) -> History:
         times=(min(times), max(times)) if times else None,
         rounds=rounds,
         set_aside=set_aside,
+        absent=absent,
+        rollbacks=tuple(rollbacks),
         contributions=tuple(sites[key] for key in sorted(sites)),
         scores=dict(sorted(scores.items())),
         scoring_seconds=scoring,

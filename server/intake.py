@@ -14,6 +14,7 @@ from fedqlora.config import RunConfig
 from fedqlora.errors import UpdateError
 from fedqlora.halves import select_trained
 from server.aggregation.aggregate import Aggregate
+from server.aggregation.collected import Collected
 from server.aggregation.control import ControlMean, select_control
 from server.aggregation.geometry import measure_norms
 from server.aggregation.method import start_aggregation
@@ -56,6 +57,7 @@ class Intake:
         self._config = config
         self._adapter = before.adapter
         self._medians = medians
+        self._lengths: dict[str, float] = {}
         names = select_trained(before.adapter, config.aggregation.method, round_)
         self._spec = AdapterSpec.of({name: before.adapter[name] for name in names})
         self._aggregator = start_aggregation(
@@ -83,6 +85,7 @@ class Intake:
             self._aggregator.add(answer.site, delta, _weight(update, self._config))
             if self._control is not None:
                 self._control.add(answer.site, change)
+            self._lengths[answer.site] = norms["update_norm"]
         except UpdateError as error:
             return {**facts, "outcome": INVALID, "reason": str(error)}
         return {
@@ -104,6 +107,20 @@ class Intake:
         if self._control is None:
             return result
         return replace(result, memory={**result.memory, **self._control.finish()})
+
+    def longest(self) -> list[str]:
+        """The sites whose updates were taken, the longest first."""
+        return sorted(self._lengths, key=lambda site: (-self._lengths[site], site))
+
+    def finish_without(self, site: str) -> Aggregate:
+        """What the round would be without one site.
+
+        Raises:
+            UpdateError: nothing is left, or too little for the rule.
+        """
+        if not isinstance(self._aggregator, Collected):
+            raise UpdateError("this round held no updates; set aggregation.canary before it starts")
+        return self._aggregator.finish_without(site)
 
     def _open(self, update: pb.Update) -> Adapter:
         """The delta of an update that is what was asked for."""

@@ -2,7 +2,7 @@
 
 Events: `joined` (a site and its software), `unusable` (one that cannot take part, and why),
 `site` (one site in one round: outcome, bytes, figures), `round` (a finished round), `evaluation`
-(held-out scores after a round).
+(held-out scores after a round), `rollback` (a round whose adapter was worse and not promoted).
 """
 
 from __future__ import annotations

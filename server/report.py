@@ -64,6 +64,7 @@ def render_report(history: History) -> str:
             section("Losses at the sites", loss_charts(history)),
             section("What each site contributed", share_charts(history), site_table(history)),
             section("Traffic, time and updates", cost_charts(history)),
+            section("Rounds that were set back", _set_back(history)),
             section("Who was missing", *_missing(history)),
             section("Data at the sites", skew_table(history)),
             section("Versions", _versions(history)),
@@ -134,7 +135,8 @@ def _missing(history: History) -> Sequence[Markup | str]:
         asked = {one.site: one for one in history.contributions if one.round == round_}
         for site in history.sites:
             if site not in asked:
-                body.append([str(round_), site, "not asked", "it was not connected"])
+                why = history.absent.get(round_, {}).get(site, "it was not connected")
+                body.append([str(round_), site, "not asked", why])
             elif (one := asked[site]).outcome != USED:
                 body.append([str(round_), site, one.outcome, one.reason[:_LONGEST_REASON]])
             elif site in history.set_aside.get(round_, ()):
@@ -147,6 +149,23 @@ def _missing(history: History) -> Sequence[Markup | str]:
         return [*notes, "Nobody: every site's update was used in every round."]
     head = ["round", "site", "outcome", "reason"]
     return [*notes, table(head, body, label="missing updates", words=4)]
+
+
+def _set_back(history: History) -> Markup:
+    """Rounds whose adapter was not promoted, and who made it worse."""
+    if not history.rollbacks:
+        return Markup("")
+    body = [
+        [
+            str(one.round),
+            "not finite" if one.loss is None else figure(one.loss),
+            figure(one.limit),
+            f"site {one.site}" if one.site else "nobody stands out",
+        ]
+        for one in history.rollbacks
+    ]
+    head = ["round", "held-out loss", "largest allowed", "better without"]
+    return table(head, body, label="rounds that were set back")
 
 
 def _versions(history: History) -> Markup:

@@ -21,8 +21,9 @@ from fedqlora.errors import FederationError
 from fedqlora.halves import select_trained
 from server.aggregation.aggregate import Aggregate
 from server.aggregation.control import select_control
+from server.canary import Canary
 from server.checkpoint import Checkpoint, Origin, RunFolder
-from server.evaluation import Evaluator
+from server.evaluation import Evaluator, record_scores
 from server.exchange import Exchange
 from server.history import read_history
 from server.intake import Intake
@@ -65,10 +66,13 @@ def federate(
         checkpoint = _start(config, sites, exchange)
         folder.save(checkpoint)
     _evaluate(config, checkpoint, evaluator, metrics)
+    canary = None
+    if config.aggregation.canary is not None and evaluator is not None:
+        canary = Canary(config, config.aggregation.canary, evaluator, metrics)
     refresh_report(folder)
     for round_ in range(checkpoint.round + 1, config.federation.rounds + 1):
         folder.set_status("running", round=round_, rounds=config.federation.rounds)
-        result = run_round(config, round_, checkpoint, sites, exchange, metrics)
+        result = run_round(config, round_, checkpoint, sites, exchange, metrics, canary)
         checkpoint = replace(
             checkpoint,
             round=round_,
@@ -92,6 +96,7 @@ def run_round(
     sites: Sites,
     exchange: Exchange,
     metrics: Metrics,
+    canary: Canary | None,
 ) -> Aggregate:
     """One round: train at every connected site, fold the updates in as they arrive.
 
@@ -104,9 +109,10 @@ def run_round(
     """
     started = time.monotonic()
     intake = Intake(config, round_, before, running_medians(metrics.read()), sites.expected)
-    addressees = sites.online()
+    absent = canary.excluded() if canary else {}
+    addressees = {node: site for node, site in sites.online().items() if site not in absent}
     log.info("round %s: %s", round_, ", ".join(sorted(addressees.values())))
-    outcomes: dict[str, str] = {}
+    outcomes = dict(absent)
     for answer in exchange.ask(
         addressees,
         pb.TRAIN,
@@ -133,9 +139,18 @@ def run_round(
             f"{config.federation.min_sites} ({why}); mend those sites, then resume the run"
         )
     result = intake.finish()
+    if canary is not None:
+        result = canary.judge(round_, before, intake, result)
     seconds = round(time.monotonic() - started, 3)
-    aside = {"set_aside": result.set_aside} if result.set_aside else {}
-    metrics.append("round", round=round_, sites=used, seconds=seconds, **result.figures, **aside)
+    metrics.append(
+        "round",
+        round=round_,
+        sites=used,
+        seconds=seconds,
+        set_aside=result.set_aside,
+        absent=absent,
+        **result.figures,
+    )
     log.info("round %s: %s sites in %s s", round_, used, seconds)
     exchange.aggregated(
         round_,
@@ -203,12 +218,4 @@ def _evaluate(
         return
     started = time.monotonic()
     scores = evaluator.evaluate(config, checkpoint.round, checkpoint.adapter, checkpoint.residual)
-    metrics.append(
-        "evaluation",
-        round=checkpoint.round,
-        scores=scores,
-        seconds=round(time.monotonic() - started, 3),
-    )
-    for name, values in scores.items():
-        figures = ", ".join(f"{metric} {value:.4g}" for metric, value in sorted(values.items()))
-        log.info("round %s: held-out %s: %s", checkpoint.round, name, figures)
+    record_scores(metrics, checkpoint.round, scores, time.monotonic() - started)

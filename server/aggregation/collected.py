@@ -50,6 +50,15 @@ class Collected:
         """
         return self._aggregate(dict(sorted(self._updates.items())))
 
+    def finish_without(self, site: str) -> Aggregate:
+        """The same without one site's update.
+
+        Raises:
+            UpdateError: no other was taken, or fewer than the rule needs.
+        """
+        others = {name: own for name, own in sorted(self._updates.items()) if name != site}
+        return self._aggregate(others)
+
     def _aggregate(self, updates: Updates) -> Aggregate:
         if not updates:
             raise UpdateError("no update was taken; a round needs at least one")

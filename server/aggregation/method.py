@@ -22,7 +22,7 @@ from server.aggregation.krum import select_by_krum
 from server.aggregation.momentum import Momentum
 from server.aggregation.norm_clipping import (
     NormClipping,
-    clip_to_median,
+    clip_all,
     factor_length,
     product_length,
 )
@@ -53,6 +53,8 @@ def start_aggregation(
     # A method that averages products measures products, every other one its factors.
     in_products = config.aggregation.method == "exact_svd"
     scale, malicious = config.lora.scale, config.aggregation.malicious_sites
+    # Leaving one site out afterwards takes all updates.
+    held = config.aggregation.canary is not None
 
     def start() -> Aggregator:
         method = _start_method(config, round_, adapter, residual, memory)
@@ -72,7 +74,7 @@ def start_aggregation(
 
     match config.aggregation.rule:
         case "mean":
-            return start()
+            return Collected(start, lambda updates: updates) if held else start()
         case "median":
             return Collected(start, take_median)
         case "trimmed_mean":
@@ -84,9 +86,9 @@ def start_aggregation(
         case "norm_clipping":
             length = product_length(adapter, scale) if in_products else factor_length
             bound = medians.get("product_norm" if in_products else "update_norm", 0.0)
-            if bound > 0:
+            if bound > 0 and not held:
                 return NormClipping(start(), length, bound)
-            return Collected(start, lambda updates: clip_to_median(updates, length))
+            return Collected(start, lambda updates: clip_all(updates, length, bound))
 
 
 def _start_method(

@@ -49,9 +49,9 @@ def clip(delta: Adapter, length: Length, bound: float) -> Adapter:
     return _shrink(delta, low)
 
 
-def clip_to_median(updates: Updates, length: Length) -> Updates:
-    """All updates, each of at most their median length."""
-    bound = statistics.median(length(delta) for delta, _ in updates.values())
+def clip_all(updates: Updates, length: Length, bound: float) -> Updates:
+    """All updates, each of at most a length; a bound of 0 stands for their own median."""
+    bound = bound or statistics.median(length(delta) for delta, _ in updates.values())
     return {site: (clip(delta, length, bound), weight) for site, (delta, weight) in updates.items()}
 
 

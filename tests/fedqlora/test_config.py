@@ -227,9 +227,30 @@ def test_privacy_goes_with_plain_steps_only(training: dict[str, object]) -> None
         validate(RunConfig, private, "run.toml")
 
 
+CANARY = {**GOOD, "aggregation": {"canary": 0.1}, "evaluation": {"enabled": True}}
+
+
+def test_a_canary_needs_somebody_who_computes_losses() -> None:
+    validate(RunConfig, CANARY, "run.toml")
+    with pytest.raises(ConfigError, match=r"canary .* set evaluation.enabled = true"):
+        validate(RunConfig, {**CANARY, "evaluation": {}}, "run.toml")
+
+
+def test_nobody_is_excluded_without_a_canary() -> None:
+    with pytest.raises(ConfigError, match=r"exclude_after counts rounds that aggregation.canary"):
+        validate(RunConfig, {**GOOD, "aggregation": {"exclude_after": 1}}, "run.toml")
+
+
+def test_a_round_whose_gradients_sites_keep_cannot_be_set_back() -> None:
+    aggregation = {"method": "fedavg", "canary": 0.1}
+    kept = {**CANARY, "aggregation": aggregation, "training": {"control_variates": True}}
+    with pytest.raises(ConfigError, match=r"canary sets the centre back"):
+        validate(RunConfig, kept, "run.toml")
+
+
 def test_every_refused_combination_has_a_case_above() -> None:
     """A new row needs a test of its own: this one fails until it is counted."""
-    assert len(COMBINATIONS) == 19
+    assert len(COMBINATIONS) == 22
 
 
 def test_exact_svd_is_the_default_and_keeps_four_times_the_rank() -> None:

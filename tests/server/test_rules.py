@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fedqlora.adapter import Adapter, AdapterSpec, initial_adapter, lower_rank
 from fedqlora.config import RunConfig, validate
 from fedqlora.errors import UpdateError
-from server.aggregation.collected import Updates
+from server.aggregation.collected import Collected, Updates
 from server.aggregation.coordinates import take_median, take_trimmed_mean
 from server.aggregation.geometric_median import find_shares, weigh_by_distance
 from server.aggregation.geometry import (
@@ -341,3 +341,25 @@ def test_clipping_against_earlier_rounds_holds_no_update() -> None:
         delta.clear()
     for name, value in aggregator.finish().adapter.items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "exact_svd"])
+def test_a_round_without_one_site_is_the_round_that_it_never_took_part_in(method: str) -> None:
+    values = {
+        "model": {"base": "tiny"},
+        "lora": {"rank": RANK},
+        "aggregation": {"method": method, "canary": 0.1},
+        "evaluation": {"enabled": True},
+    }
+    config = validate(RunConfig, values, "test")
+    whole, others = (start_aggregation(config, 1, start_adapter(), {}, {}, {}) for _ in range(2))
+    for number, delta in enumerate(random_deltas(4, 6)):
+        whole.add(f"s{number}", delta, 1 + number)
+        if number != 2:
+            others.add(f"s{number}", delta, 1 + number)
+    assert isinstance(whole, Collected)
+    without, expected = whole.finish_without("s2"), others.finish()
+    assert without.set_aside == ()
+    for name, value in expected.adapter.items():
+        assert without.adapter[name].tobytes() == value.tobytes()
+        assert whole.finish().adapter[name].tobytes() != value.tobytes()
