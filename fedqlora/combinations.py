@@ -163,5 +163,13 @@ COMBINATIONS = (
         "aggregation.canary sets the centre back, and training.control_variates stay at the sites "
         "where they are, so both would no longer fit; leave one of them out",
     ),
+    Combination(
+        lambda run: (
+            run.federation.late_updates == "use" and run.aggregation.method not in ("fedavg", "ffa")
+        ),
+        "federation.late_updates = \"use\" adds a change of last round's A and B to this round's, "
+        "which are other ones or other halves with this aggregation.method; set "
+        'late_updates = "discard" or aggregation.method = "fedavg"',
+    ),
 )
 """All combinations that a run's configuration refuses; a test has one case for each."""

@@ -128,6 +128,14 @@ class FederationConfig(Section):
     for as long as `wait_seconds` allows."""
     round_deadline_seconds: float = Field(default=1800.0, gt=0)
     """A site whose reply comes later is named and left out of the round."""
+    late_updates: Literal["discard", "use"] = "discard"
+    """`use`: a site that was late is not asked in the next round, and its update counts there if it
+    comes by that one's deadline; after that it is discarded."""
+    sample_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the connected sites that each round asks, rounded up, but `min_sites` at least.
+    Seed, round and name decide which."""
+    sample_sites: int | None = Field(default=None, ge=1)
+    """Number of sites that each round asks, instead of a share."""
 
     @model_validator(mode="after")
     def _order(self) -> FederationConfig:
@@ -135,6 +143,10 @@ class FederationConfig(Section):
             raise ValueError(
                 "expected_sites is smaller than min_sites; raise it or lower min_sites"
             )
+        if self.sample_sites is not None and self.sample_sites < self.min_sites:
+            raise ValueError("sample_sites is smaller than min_sites; raise it or lower min_sites")
+        if self.sample_sites is not None and self.sample_fraction < 1:
+            raise ValueError("sample_sites and sample_fraction both say how many; leave one out")
         return self
 
 

@@ -12,7 +12,7 @@ import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
 import numpy as np
@@ -69,6 +69,7 @@ class Answer:
         reason: one sentence about the failure.
         sent_bytes: size of the instruction.
         received_bytes: size of the reply.
+        stale: whether it answers the round before.
     """
 
     node: int
@@ -78,6 +79,19 @@ class Answer:
     reason: str = ""
     sent_bytes: int = 0
     received_bytes: int = 0
+    stale: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sent:
+    """An instruction that is not answered yet."""
+
+    node: int
+    site: str
+    digest: bytes
+    size: int
+    seen: Mapping[str, Head]
+    stale: bool = False
 
 
 class Exchange:
@@ -105,6 +119,7 @@ class Exchange:
         self._key = key
         self._sites = sites
         self._run = run
+        self._overdue: dict[str, _Sent] = {}
         self.issued = issued
         self.history = history
 
@@ -150,8 +165,14 @@ class Exchange:
         round_: int,
         payload: bytes,
         deadline_seconds: float,
+        *,
+        use_late: bool = False,
     ) -> Iterator[Answer]:
         """Send one instruction to each node and yield an answer for every one of them.
+
+        With `use_late` a node that was late last time is not asked now: the answer to that
+        instruction is waited for once more and yielded as a stale one. Who is late in two calls is
+        not waited for a third time.
 
         Args:
             addressees: node id -> site name, or "*" for a node not known yet.
@@ -159,19 +180,30 @@ class Exchange:
             round_: the round.
             payload: the serialized instruction, the same for all.
             deadline_seconds: nodes that have not answered by then yield a `late` answer.
+            use_late: see above; what was late is forgotten when this process ends.
 
         Raises:
             FederationError: the SuperLink is gone.
         """
         deadline = time.monotonic() + deadline_seconds
-        pending: dict[str, tuple[int, str, bytes, int, Mapping[str, Head]]] = {}
+        pending: dict[str, _Sent] = {}
+        if use_late:
+            pending = {
+                name: replace(sent, stale=True, size=0) for name, sent in self._overdue.items()
+            }
+            self._overdue = {}
+        busy = {sent.node for sent in pending.values()}
+        # Flower drops a message, and a reply to it, at the end of its time to live.
+        lifetime = deadline_seconds * (2 if use_late else 1) + 60
         for node, site in addressees.items():
+            if node in busy:
+                continue
             envelope = self.sign(kind, site, round_, payload)
             digest = instruction_digest(envelope)
             seen = self.history.instructed(envelope)
             array = Array(np.frombuffer(envelope, dtype=np.uint8))
             content = RecordDict({"envelope": ArrayRecord({"envelope": array})})
-            message = Message(content, node, "query", ttl=deadline_seconds + 60)
+            message = Message(content, node, "query", ttl=lifetime)
             with _superlink():
                 identifiers = [name for name in self._grid.push_messages([message]) if name]
             if not identifiers:
@@ -179,37 +211,42 @@ class Exchange:
                     node=node, site=site, failure=LOST, reason="SuperLink refused the message"
                 )
                 continue
-            pending[identifiers[0]] = (node, site, digest, len(envelope), seen)
+            pending[identifiers[0]] = _Sent(
+                node=node, site=site, digest=digest, size=len(envelope), seen=seen
+            )
             del envelope, array, content, message
         # Sent: what follows may take hours, and an adapter is large.
         del payload
         while pending:
-            for identifier, (node, site, digest, size, seen) in list(pending.items()):
+            for identifier, sent in list(pending.items()):
                 # One id at a time: a pull of all would hold all their replies in memory.
                 with _superlink():
                     messages = list(self._grid.pull_messages([identifier]))
                 for message in messages:
                     del pending[identifier]
-                    yield self._open(message, kind, node, site, digest, size, seen)
+                    yield replace(self._open(message, kind, sent), stale=sent.stale)
             if pending and time.monotonic() > deadline:
                 break
             if pending:
                 time.sleep(len(pending) / LOOKS_PER_SECOND)
-        for node, site, _, size, _ in pending.values():
+        if use_late:
+            self._overdue = {name: sent for name, sent in pending.items() if not sent.stale}
+        for sent in pending.values():
             reason = f"no reply within {deadline_seconds:g} s"
-            yield Answer(node=node, site=site, failure=LATE, reason=reason, sent_bytes=size)
+            if sent.stale:
+                reason += " of this round either; it is not waited for any longer"
+            yield Answer(
+                node=sent.node,
+                site=sent.site,
+                failure=LATE,
+                reason=reason,
+                sent_bytes=sent.size,
+                stale=sent.stale,
+            )
 
-    def _open(
-        self,
-        message: Message,
-        asked: pb.Kind,
-        node: int,
-        site: str,
-        digest: bytes,
-        size: int,
-        seen: Mapping[str, Head],
-    ) -> Answer:
+    def _open(self, message: Message, asked: pb.Kind, sent: _Sent) -> Answer:
         """Verify and parse one reply message."""
+        node, site, size = sent.node, sent.site, sent.size
         if message.has_error():
             reason = f"Flower error {message.error.code}: {str(message.error.reason)[:200]}"
             return Answer(node=node, site=site, failure=LOST, reason=reason, sent_bytes=size)
@@ -222,9 +259,11 @@ class Exchange:
                     f"no site named {signer[:40]} is in the roster; admit it first"
                 )
             header, body = open_reply(
-                data, self._sites[signer], site=signer, instruction=digest, asked=asked
+                data, self._sites[signer], site=signer, instruction=sent.digest, asked=asked
             )
-            self.history.replied(header, body, seen.get(signer, Head()), confirmed=site == signer)
+            self.history.replied(
+                header, body, sent.seen.get(signer, Head()), confirmed=site == signer
+            )
         except (EnvelopeError, HistoryError, KeyError, ValueError) as error:
             ours = isinstance(error, EnvelopeError | HistoryError)
             reason = str(error) if ours else "it is not an envelope"

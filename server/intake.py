@@ -24,7 +24,7 @@ from server.norms import NORMS, check_norms
 
 _CENTRE_WRITES = (
     *("time", "event", "round", "site", "outcome", "reason"),
-    *("bytes_down", "bytes_up", "examples", "tokens", "rank", *NORMS),
+    *("bytes_down", "bytes_up", "examples", "tokens", "rank", "stale", *NORMS),
 )
 """Names of a `site` line in metrics.jsonl that no site may give a value."""
 
@@ -73,6 +73,7 @@ class Intake:
             "outcome": answer.failure or "used",
             "bytes_down": answer.sent_bytes,
             "bytes_up": answer.received_bytes,
+            **({"stale": 1} if answer.stale else {}),
         }
         update = answer.message
         if not isinstance(update, pb.Update):

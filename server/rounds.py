@@ -33,6 +33,7 @@ from server.norms import running_medians
 from server.peft_format import write_adapter
 from server.receipts import Receipts
 from server.report import refresh_report
+from server.sampling import sample_sites
 from server.sites import Described, Sites
 
 log = logging.getLogger("server")
@@ -109,18 +110,25 @@ def run_round(
     """
     started = time.monotonic()
     intake = Intake(config, round_, before, running_medians(metrics.read()), sites.expected)
-    absent = canary.excluded() if canary else {}
-    addressees = {node: site for node, site in sites.online().items() if site not in absent}
+    excluded = canary.excluded() if canary else {}
+    here = {node: site for node, site in sites.online().items() if site not in excluded}
+    asked = sample_sites(config, round_, here.values())
+    absent = excluded | dict.fromkeys(set(here.values()) - asked, "not in this round's sample")
+    addressees = {node: site for node, site in here.items() if site in asked}
     log.info("round %s: %s", round_, ", ".join(sorted(addressees.values())))
-    outcomes = dict(absent)
+    outcomes = dict(excluded)
     for answer in exchange.ask(
         addressees,
         pb.TRAIN,
         round_,
         _instruct(config, round_, before, sites.receipts.heads()),
         config.federation.round_deadline_seconds,
+        use_late=config.federation.late_updates == "use",
     ):
         sites.receipts.keep(answer.site, answer.message)
+        if answer.site in excluded:
+            continue
+        absent.pop(answer.site, None)
         facts = intake.fold(answer)
         outcomes[answer.site] = facts["outcome"]
         metrics.append("site", round=round_, site=answer.site, **facts)

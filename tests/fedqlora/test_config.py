@@ -248,9 +248,30 @@ def test_a_round_whose_gradients_sites_keep_cannot_be_set_back() -> None:
         validate(RunConfig, kept, "run.toml")
 
 
+@pytest.mark.parametrize("method", ["exact_svd", "fedsvd", "rolora"])
+def test_a_late_update_is_of_factors_that_are_still_there_only(method: str) -> None:
+    late = {**GOOD, "federation": {"late_updates": "use"}, "aggregation": {"method": method}}
+    with pytest.raises(ConfigError, match=r'late_updates = "use" adds .*late_updates = "discard"'):
+        validate(RunConfig, late, "run.toml")
+    for other in ("fedavg", "ffa"):
+        validate(RunConfig, {**late, "aggregation": {"method": other}}, "run.toml")
+
+
+@pytest.mark.parametrize(
+    ("federation", "said"),
+    [
+        ({"sample_sites": 2, "min_sites": 3}, "sample_sites is smaller than min_sites"),
+        ({"sample_sites": 3, "sample_fraction": 0.5}, "both say how many; leave one out"),
+    ],
+)
+def test_a_sample_has_one_size_that_is_enough(federation: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        validate(RunConfig, {**GOOD, "federation": federation}, "run.toml")
+
+
 def test_every_refused_combination_has_a_case_above() -> None:
     """A new row needs a test of its own: this one fails until it is counted."""
-    assert len(COMBINATIONS) == 22
+    assert len(COMBINATIONS) == 23
 
 
 def test_exact_svd_is_the_default_and_keeps_four_times_the_rank() -> None:

@@ -98,7 +98,9 @@ class FunctionGrid:
 
     def __init__(self, nodes: dict[int, Callable[[bytes], bytes | Error | None]]) -> None:
         self.nodes = nodes
+        self.slow: set[int] = set()
         self._replies: dict[str, Message] = {}
+        self._held: dict[str, Message] = {}
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.nodes)
@@ -109,8 +111,14 @@ class FunctionGrid:
             sent = message.content.array_records["envelope"]["envelope"].numpy().tobytes()
             answer = self.nodes[message.metadata.dst_node_id](sent)
             if answer is not None:
-                self._replies[identifier] = _reply(answer, message)
+                slow = message.metadata.dst_node_id in self.slow
+                (self._held if slow else self._replies)[identifier] = _reply(answer, message)
             yield identifier
+
+    def release(self) -> None:
+        """Let the replies of the slow nodes arrive."""
+        self._replies |= self._held
+        self._held = {}
 
     def pull_messages(self, identifiers: Iterable[str]) -> Iterator[Message]:
         for identifier in identifiers:
