@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -46,10 +47,11 @@ class Hospitals:
         steps: int = 2,
         method: str = "exact_svd",
         update: str = "bfloat16",
+        sections: Mapping[str, Mapping[str, object]] = MappingProxyType({}),
         **federation: object,
     ) -> RunFolder:
         """A run folder for the tiny model; nothing is started."""
-        config = {
+        config: dict[str, Any] = {
             "name": "tiny",
             "model": {"base": "tiny-llama", "compute_dtype": "float32"},
             "lora": {"rank": 4},
@@ -60,6 +62,8 @@ class Hospitals:
             "aggregation": {"method": method},
             "codec": {"update": update},
         }
+        for name, more in sections.items():
+            config[name] = {**config.get(name, {}), **more}
         return RunFolder.create(self.runs, validate(RunConfig, config, "test"))
 
     def run(self, folder: RunFolder) -> RunResult:
