@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from server.model_card import render_card
 from server.peft_format import write_adapter
 from server.receipts import Receipts
 from server.report import refresh_report
+from server.secure_round import SecureRound
 from server.sites import Described, Sites
 
 log = logging.getLogger("server")
@@ -62,7 +63,7 @@ def federate(
     metrics.forget_after(checkpoint.round if checkpoint else -1)
     receipts = Receipts(folder.path)
     sites = Sites(config, exchange, metrics, registered, _agreed(checkpoint), receipts)
-    sites.gather()
+    sites.gather(checkpoint.round + 1 if checkpoint else 1)
     if checkpoint is None:
         checkpoint = _start(config, sites, exchange)
         folder.save(checkpoint)
@@ -100,25 +101,29 @@ def run_round(
         The next adapter, and the next residual.
 
     Raises:
-        FederationError: fewer than `min_sites` usable updates came; names who and why.
+        FederationError: fewer than `min_sites` usable updates came, or their masked sum cannot be
+            opened; names who and why.
         UpdateError: the run's method cannot aggregate this adapter.
     """
     started = time.monotonic()
     aggregator = start_aggregation(config, round_, before.adapter, before.residual)
     names = select_trained(before.adapter, config.aggregation.method, round_)
     spec = AdapterSpec.of({name: before.adapter[name] for name in names})
-    addressees = sites.online()
+    addressees = sites.online(round_)
     log.info("round %s: %s", round_, ", ".join(sorted(addressees.values())))
+    secure = None
+    if config.secure_aggregation.enabled:
+        secure = SecureRound(config, round_, spec, addressees.values(), sites, exchange)
     outcomes: dict[str, str] = {}
     for answer in exchange.ask(
         addressees,
         pb.TRAIN,
         round_,
-        _instruct(config, before, sites.receipts.heads()),
+        _instruct(config, before, sites.receipts.heads(), secure.round_keys if secure else ()),
         config.federation.round_deadline_seconds,
     ):
         sites.receipts.keep(answer.site, answer.message)
-        facts = _fold(answer, aggregator, spec, config)
+        facts = secure.fold(answer) if secure else _fold(answer, aggregator, spec, config)
         outcomes[answer.site] = facts["outcome"]
         metrics.append("site", round=round_, site=answer.site, **facts)
         exchange.judged(round_, answer.site, facts["outcome"])
@@ -135,9 +140,14 @@ def run_round(
             f"round {round_} has {used} usable updates of at least "
             f"{config.federation.min_sites} ({why}); mend those sites, then resume the run"
         )
+    figures: Mapping[str, float] = {}
+    if secure:
+        mean, figures = secure.open()
+        aggregator.add("all sites", mean, 1)
     result = aggregator.finish()
     seconds = round(time.monotonic() - started, 3)
-    metrics.append("round", round=round_, sites=used, seconds=seconds, **result.figures)
+    figures = {**figures, **result.figures}
+    metrics.append("round", round=round_, sites=used, seconds=seconds, **figures)
     log.info("round %s: %s sites in %s s", round_, used, seconds)
     exchange.aggregated(
         round_,
@@ -147,13 +157,19 @@ def run_round(
     return result
 
 
-def _instruct(config: RunConfig, before: Checkpoint, ledger_heads: Mapping[str, str]) -> bytes:
+def _instruct(
+    config: RunConfig,
+    before: Checkpoint,
+    ledger_heads: Mapping[str, str],
+    round_keys: Iterable[pb.RoundKey],
+) -> bytes:
     """The payload of a training instruction, the same for every site."""
     train = pb.Train(
         config=config.model_dump_json(),
         adapter=encode(before.adapter, "float32"),
         residual=encode(before.residual, "float32") if before.residual else None,
         ledger_heads=ledger_heads,
+        round_keys=round_keys,
     )
     return train.SerializeToString()
 
