@@ -56,6 +56,7 @@ class SecureRound:
         self._sites = sites
         self._exchange = exchange
         self._nodes: dict[str, int] = {}
+        self._missing: dict[str, str] = {}
         self._bytes = {"opening_bytes_down": 0, "opening_bytes_up": 0}
 
     def fold(self, answer: Answer) -> dict[str, Any]:
@@ -66,10 +67,12 @@ class SecureRound:
             "bytes_up": answer.received_bytes,
         }
         if not isinstance(answer.message, pb.Update):
+            self._missing[answer.site] = answer.reason
             return {**facts, "reason": answer.reason}
         try:
             self._collector.add(answer.site, answer.message.masked)
         except UpdateError as error:
+            self._missing[answer.site] = str(error)
             return {**facts, "outcome": INVALID, "reason": str(error)}
         self._nodes[answer.site] = answer.node
         return facts
@@ -136,6 +139,7 @@ class SecureRound:
                 except UpdateError as error:
                     reason = str(error)
             if reason:
+                self._missing[answer.site] = reason
                 step = pb.Kind.Name(kind).lower()
                 log.warning("round %s: %s of %s: %s", self._round, step, answer.site, reason)
 
@@ -153,8 +157,9 @@ class SecureRound:
         """Refuse to go on without a threshold of sites."""
         group = self._collector.group
         if count < group.threshold:
+            why = "; ".join(f"{site}: {reason}" for site, reason in sorted(self._missing.items()))
             raise FederationError(
                 f"round {self._round}: {count} of {len(group.sites)} sites {did}, and "
-                f"{group.threshold} have to, for a sum to be opened; mend the missing sites, then "
-                "resume the run"
+                f"{group.threshold} have to, for a sum to be opened ({why}); mend the missing "
+                "sites, then resume the run"
             )
