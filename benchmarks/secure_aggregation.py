@@ -26,7 +26,8 @@ from fedqlora.privacy.noise import SecureNoise
 from fedqlora.secure.collector import Collector
 from fedqlora.secure.keys import Group
 from fedqlora.secure.masks import to_bytes
-from fedqlora.secure.participant import Participant, Secrets
+from fedqlora.secure.participant import Participant
+from fedqlora.secure.state import Secrets
 from fedqlora.secure.vector import Counts, Scale, pack, unpack, vector_length
 
 

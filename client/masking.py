@@ -25,7 +25,8 @@ from fedqlora.files import write_durably
 from fedqlora.privacy.noise import SecureNoise
 from fedqlora.secure.keys import Group
 from fedqlora.secure.masks import to_bytes
-from fedqlora.secure.participant import Participant, Secrets
+from fedqlora.secure.participant import Participant
+from fedqlora.secure.state import Secrets
 from fedqlora.secure.vector import Counts, Scale, pack
 
 

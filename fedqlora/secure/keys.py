@@ -71,6 +71,10 @@ class Group:
         parts = [part for site in self.sites for part in (site.encode(), self.keys[site])]
         return hashlib.sha256(_bind(_GROUP, *_place(self.run, self.round), *parts)).digest()
 
+    def others(self, site: str) -> list[str]:
+        """All sites but one, in order."""
+        return [other for other in self.sites if other != site]
+
     def alive_statement(self, alive: tuple[str, ...]) -> bytes:
         """The bytes that a site signs to confirm a list of survivors."""
         return _bind(_ALIVE, self.digest, *(site.encode() for site in alive))

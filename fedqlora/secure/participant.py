@@ -22,16 +22,13 @@ Edge cases: a step that is refused changes nothing; a step out of order is refus
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from dataclasses import replace
 
-from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedqlora import protocol_pb2 as pb
 from fedqlora.errors import SecureAggregationError
@@ -40,67 +37,12 @@ from fedqlora.secure.keys import (
     SEED_BYTES,
     Group,
     derive_mask_seed,
-    derive_seal_key,
     sign_round_key,
     verify_round_key,
 )
 from fedqlora.secure.masks import Ring, add_mask, remove_mask
-from fedqlora.secure.shamir import SHARE_BYTES, split
-
-Stage = Literal["fresh", "masked", "confirmed", "spent"]
-
-# Each sealing key seals one message, so a fixed nonce never meets it twice.
-_NONCE = bytes(12)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Secrets:
-    """What a site keeps between the steps of a round; nothing of it may leave.
-
-    Attributes:
-        run: the run's name.
-        round: the only round that the key is for.
-        private: the X25519 private key (32 bytes); empty once it is spent.
-        stage: the last step that was done.
-        keys: the round keys of all sites, once it has masked.
-        alive: the list of survivors, once it has confirmed one.
-        opened: the survivors whose sum this site has helped to open, by round of the run.
-    """
-
-    run: str
-    round: int
-    private: bytes
-    stage: Stage = "fresh"
-    keys: Mapping[str, bytes] = field(default_factory=dict)
-    alive: tuple[str, ...] = ()
-    opened: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-
-    @classmethod
-    def make(
-        cls, run: str, round_: int, opened: Mapping[int, tuple[str, ...]] | None = None
-    ) -> Self:
-        """A fresh key for one round, with what the run's earlier rounds have opened."""
-        private = X25519PrivateKey.generate().private_bytes_raw()
-        return cls(run=run, round=round_, private=private, opened=opened or {})
-
-    def to_json(self) -> str:
-        """For the site's own disk."""
-        keys = {site: key.hex() for site, key in self.keys.items()}
-        return json.dumps({**vars(self), "private": self.private.hex(), "keys": keys})
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """What `to_json` wrote.
-
-        Raises:
-            ValueError: it is something else.
-        """
-        values = json.loads(text)
-        values["private"] = bytes.fromhex(values["private"])
-        values["keys"] = {site: bytes.fromhex(key) for site, key in values["keys"].items()}
-        values["alive"] = tuple(values["alive"])
-        values["opened"] = {int(key): tuple(names) for key, names in values["opened"].items()}
-        return cls(**values)
+from fedqlora.secure.sealing import release, seal
+from fedqlora.secure.state import Secrets, Stage
 
 
 class Participant:
@@ -189,16 +131,11 @@ class Participant:
         own = secrets.token_bytes(SEED_BYTES)
         add_mask(vector, own)
         seeds = [own]
-        for peer in _others(group, self._site):
+        for peer in group.others(self._site):
             seed = derive_mask_seed(self._private, self._site, peer, group)
             (add_mask if self._site < peer else remove_mask)(vector, seed)
             seeds.append(seed)
-        count = len(group.sites)
-        dealt = zip(*(split(seed, group.threshold, count) for seed in seeds), strict=True)
-        sealed = {}
-        for site, shares in zip(group.sites, dealt, strict=True):
-            key = derive_seal_key(self._private, self._site, site, group, sending=True)
-            sealed[site] = AESGCM(key).encrypt(_NONCE, b"".join(shares), None)
+        sealed = seal(self._site, self._private, group, seeds)
         self.secrets = replace(self.secrets, stage="masked", keys=group.keys)
         return sealed
 
@@ -297,42 +234,3 @@ class Participant:
     @property
     def _group(self) -> Group:
         return Group(run=self.secrets.run, round=self.secrets.round, keys=self.secrets.keys)
-
-
-def release(
-    site: str,
-    private: X25519PrivateKey,
-    group: Group,
-    alive: Sequence[str],
-    sealed: Mapping[str, bytes],
-) -> list[pb.Share]:
-    """A site's shares for one list of survivors, with nothing checked but that they open.
-
-    Returns:
-        For each survivor a share of its own mask, and one of each mask in common with a lost site.
-
-    Raises:
-        SecureAggregationError: a survivor's shares are missing, or were not sealed for this site.
-    """
-    given = []
-    survivors = set(alive)
-    for sender in alive:
-        key = derive_seal_key(private, site, sender, group, sending=False)
-        try:
-            opened = AESGCM(key).decrypt(_NONCE, sealed.get(sender, b""), None)
-        except InvalidTag:
-            raise SecureAggregationError(
-                "secure_aggregation.shares",
-                f"the shares that site {sender} has sealed for site {site} are missing or altered; "
-                "send them as they came",
-            ) from None
-        names = ["", *_others(group, sender)]
-        for number, peer in enumerate(names):
-            if peer not in survivors:
-                value = opened[number * SHARE_BYTES : (number + 1) * SHARE_BYTES]
-                given.append(pb.Share(site=sender, peer=peer, value=value))
-    return given
-
-
-def _others(group: Group, site: str) -> list[str]:
-    return [other for other in group.sites if other != site]

@@ -22,7 +22,8 @@ from fedqlora.privacy.receipts import open_receipt
 from fedqlora.secure.collector import Collector
 from fedqlora.secure.keys import Group
 from fedqlora.secure.masks import to_bytes
-from fedqlora.secure.participant import Participant, Secrets
+from fedqlora.secure.participant import Participant
+from fedqlora.secure.state import Secrets
 from fedqlora.secure.vector import Counts, Scale, Total, pack, unpack, vector_length
 from tests.client import test_private, test_trainer
 from tests.client.test_trainer import SITE, Site, ask, describe, exchange, instruct, parse

@@ -12,7 +12,8 @@ from fedqlora import protocol_pb2 as pb
 from fedqlora.secure.collector import Collector
 from fedqlora.secure.keys import Group
 from fedqlora.secure.masks import Ring, to_bytes
-from fedqlora.secure.participant import Participant, Secrets
+from fedqlora.secure.participant import Participant
+from fedqlora.secure.state import Secrets
 
 LENGTH = 40
 

@@ -20,8 +20,10 @@ from fedqlora.errors import SecureAggregationError
 from fedqlora.secure.collector import Collector
 from fedqlora.secure.keys import Group, derive_mask_seed, derive_seal_key, sign_round_key
 from fedqlora.secure.masks import Ring, add_mask, from_bytes, remove_mask, to_bytes
-from fedqlora.secure.participant import Participant, Secrets, release
+from fedqlora.secure.participant import Participant
+from fedqlora.secure.sealing import release
 from fedqlora.secure.shamir import SHARE_BYTES, Combiner
+from fedqlora.secure.state import Secrets
 from tests.fedqlora.secure.house import LENGTH, House, signing_key, total_of, values_of
 
 
