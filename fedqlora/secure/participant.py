@@ -2,7 +2,7 @@
 
 After Bonawitz et al. (CCS 2017, https://eprint.iacr.org/2017/281), active-adversary variant, with
 the seeds of the common masks shared in place of the key that they come from
-(docs/adr/0015-secure-aggregation.md):
+(docs/adr/0016-secure-aggregation.md):
 
     fresh --mask--> masked --confirm--> confirmed --unmask--> spent
 
