@@ -284,6 +284,7 @@ benchmarks: install ## the figures of the README, as ratios
 	$(BIN)/python -m benchmarks.round_overhead
 	$(BIN)/python -m benchmarks.admission
 	$(BIN)/python -m benchmarks.codec
+	$(BIN)/python -m benchmarks.secure_aggregation
 
 .PHONY: proto
 proto: install ## generate the stubs beside fedqlora/protocol.proto

@@ -76,6 +76,17 @@ class Privacy(Section):
         return self
 
 
+class SecureAggregation(Section):
+    """In whose company an update may leave."""
+
+    required: bool = False
+    """Whether every run has to use secure aggregation, so that nobody sees this site's update."""
+    sites: int = Field(default=3, ge=3, le=50)
+    """Fewest sites whose updates are summed, this one included. Only sites that `peers` names
+    count; 5 or more are advised. More than two thirds of a round's sites have to open the sum,
+    whatever the coordinator asks."""
+
+
 class Policy(Section):
     """All rules of one site; a rule's name is its dotted key."""
 
@@ -87,6 +98,7 @@ class Policy(Section):
     """The other sites that count, with their signing keys' fingerprints as the hospitals have
     compared them: the roster alone adds no peer (client/peers.py)."""
     privacy: Privacy = Privacy()
+    secure_aggregation: SecureAggregation = SecureAggregation()
 
 
 def load_policy(path: Path) -> Policy:
@@ -142,6 +154,12 @@ def check(policy: Policy, config: RunConfig, round_: int, base_digest: str) -> N
                 rule, f"the site's policy allows {most}, the run asks for {wanted} ({rule})"
             )
     _check_promise(policy.privacy, config)
+    if policy.secure_aggregation.required and not config.secure_aggregation.enabled:
+        raise PolicyRefusal(
+            "secure_aggregation.required",
+            "the site's policy lets an update out in a sum only; set "
+            "secure_aggregation.enabled = true (secure_aggregation.required)",
+        )
     weighting = config.aggregation.weighting
     if weighting != "uniform" and weighting not in policy.metrics.allowed:
         raise PolicyRefusal(

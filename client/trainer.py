@@ -21,6 +21,7 @@ from client.control import Control
 from client.examples import Reader
 from client.feedback import Feedback
 from client.ledger import Ledger, Plan
+from client.masking import Masking
 from client.peers import load_peers
 from client.policy import Policy, check, load_policy, own_training, training_rank
 from client.textfile import Textfile
@@ -38,9 +39,12 @@ from fedqlora.engine.model import BaseModel
 from fedqlora.engine.service import Identity, Service, serve
 from fedqlora.engine.train import mean_loss, train
 from fedqlora.engine.warm import WarmModel
+from fedqlora.envelope import Answer, Instruction
 from fedqlora.errors import AuditError, FedqloraError, PolicyRefusal
 from fedqlora.halves import select_trained
 from fedqlora.head import Head, head_facts
+from fedqlora.secure.keys import Group
+from fedqlora.secure.vector import Counts
 
 log = logging.getLogger("client")
 
@@ -49,6 +53,7 @@ SIGN_SECONDS = 12 * 3600.0
 """Time between two signatures of the audit log's head while nothing else signs it."""
 
 _RUN_LENGTH = 100
+_REASON_LENGTH = 300
 
 
 class Trainer:
@@ -64,6 +69,7 @@ class Trainer:
         control: the site's own control variate, where a run has them.
         textfile: metrics for the hospital's own monitoring.
         budget: the privacy that the site's patients have spent and may spend.
+        masking: the site's part in secure aggregation.
         warm: where the base model stays loaded.
     """
 
@@ -79,6 +85,7 @@ class Trainer:
         control: Control,
         textfile: Textfile,
         budget: Budget,
+        masking: Masking,
         warm: WarmModel,
     ) -> None:
         self._site = site
@@ -90,24 +97,31 @@ class Trainer:
         self._control = control
         self._textfile = textfile
         self._budget = budget
+        self._masking = masking
         self._warm = warm
 
-    def perform(
-        self, header: pb.Header, config: RunConfig, body: pb.Describe | pb.Train | pb.Evaluate
-    ) -> pb.Description | pb.Update | pb.Evaluation:
+    def perform(self, header: pb.Header, config: RunConfig, body: Instruction) -> Answer:
         """Carry out one verified instruction; see engine/service.py.
 
         Raises:
             PolicyRefusal: the policy forbids it; no record was read.
+            SecureAggregationError: it would reveal more than a sum; no record was read.
             FedqloraError: model, data or adapter cannot be used.
         """
         if isinstance(body, pb.Evaluate):
             raise PolicyRefusal("evaluate", "a site describes and trains only; ask the evaluator")
+        if isinstance(body, pb.Confirm):
+            return self._confirm(header, body)
+        if isinstance(body, pb.Unmask):
+            return self._unmask(header, config, body)
         folder = resolve_base(config.model.base, self._models)
         digest = self._warm.digest(folder)
         check(self._policy, config, header.round, digest)
-        if isinstance(body, pb.Evaluate):
-            raise PolicyRefusal("evaluate", "a site describes and trains only; ask the evaluator")
+        group = None
+        if config.secure_aggregation.enabled:
+            self._masking.check()
+            if isinstance(body, pb.Train):
+                group = self._masking.join(header, body.round_keys)
         ledger = None
         if config.privacy.unit != "none":
             ledger = self._budget.open(body.ledger_heads)
@@ -117,8 +131,10 @@ class Trainer:
         data = self._reader.read(base, digest, config)
         if ledger is None:
             if isinstance(body, pb.Train):
-                return self._train(header, config, body, base, data.training, data.validation)
-            return self._describe(header, config, base, digest, None)
+                return self._train(
+                    header, config, body, base, group, data.training, data.validation
+                )
+            return self._describe(header, config, body, base, digest, None)
         units = group_units(
             data.training,
             data.patients,
@@ -127,14 +143,21 @@ class Trainer:
         )
         plan = self._budget.plan(ledger, config, header.run, len(units))
         if isinstance(body, pb.Train):
-            return self._train_privately(header, config, body, base, digest, ledger, plan, units)
-        return self._describe(header, config, base, digest, ledger)
+            return self._train_privately(
+                header, config, body, base, group, digest, ledger, plan, units
+            )
+        return self._describe(header, config, body, base, digest, ledger)
 
     def refused(self, header: pb.Header, refusal: pb.Refusal) -> None:
         """Write a refusal to the audit log; it stays one where that cannot be written."""
         try:
             self._record(
-                "refused", header, decision="refused", code=refusal.code, rule=refusal.rule
+                "refused",
+                header,
+                decision="refused",
+                code=refusal.code,
+                rule=refusal.rule,
+                reason=refusal.sentence[:_REASON_LENGTH],
             )
         except AuditError as error:
             log.error("%s", error)
@@ -145,6 +168,7 @@ class Trainer:
         config: RunConfig,
         body: pb.Train,
         base: BaseModel,
+        group: Group | None,
         training: list[Tokenized],
         validation: list[Tokenized],
     ) -> pb.Update:
@@ -184,14 +208,12 @@ class Trainer:
             figures["validation_loss"] = before
         allowed: tuple[str, ...] = self._policy.metrics.allowed
         leaving = {name: value for name, value in figures.items() if name in allowed}
-        update = pb.Update(
-            delta=self._feedback.encode(
-                result.delta, config.codec, run=header.run, round_=header.round
-            ),
+        counts = Counts(
             examples=int(leaving.pop("examples", 0)),
             tokens=int(leaving.pop("tokens", 0)),
-            metrics=leaving,
+            figures=leaving,
         )
+        update = self._pack(header, config, group, result.delta, counts)
         if correction is not None:
             update.control.CopyFrom(
                 self._control.encode(
@@ -202,9 +224,10 @@ class Trainer:
             "trained",
             header,
             bytes_out=update.ByteSize(),
-            tensors=digest_of(update.delta.data),
+            tensors=digest_of(_content(update)),
             figures=",".join(sorted(leaving)),
             **({} if correction is None else {"control": digest_of(update.control.data)}),
+            **_company(group),
         )
         log.info("round %s: %s examples", header.round, result.examples)
         return update
@@ -233,6 +256,7 @@ class Trainer:
         config: RunConfig,
         body: pb.Train,
         base: BaseModel,
+        group: Group | None,
         digest: str,
         ledger: Ledger,
         plan: Plan,
@@ -252,29 +276,55 @@ class Trainer:
             round_=header.round,
             rounds=config.federation.rounds,
         )
-        update = pb.Update(
-            delta=self._feedback.encode(
-                result.delta, config.codec, run=header.run, round_=header.round
-            )
-        )
-        update.receipt = self._budget.charge(
-            ledger, plan, config, header, digest, update.delta.data
-        )
+        update = self._pack(header, config, group, result.delta, Counts())
+        update.receipt = self._budget.charge(ledger, plan, config, header, digest, _content(update))
         update.ledger_head = ledger.head
         self._record(
             "trained",
             header,
             bytes_out=update.ByteSize(),
-            tensors=digest_of(update.delta.data),
+            tensors=digest_of(_content(update)),
             ledger_head=ledger.head,
+            **_company(group),
         )
         log.info("round %s: %s private steps", header.round, config.training.steps)
         return update
+
+    def _pack(
+        self,
+        header: pb.Header,
+        config: RunConfig,
+        group: Group | None,
+        delta: Adapter,
+        counts: Counts,
+    ) -> pb.Update:
+        """What leaves of a round: masked where there is a group, else encoded."""
+        if group is not None:
+            return pb.Update(masked=self._masking.mask(header, config, group, delta, counts))
+        return pb.Update(
+            delta=self._feedback.encode(delta, config.codec, run=header.run, round_=header.round),
+            examples=counts.examples,
+            tokens=counts.tokens,
+            metrics=counts.figures,
+        )
+
+    def _confirm(self, header: pb.Header, body: pb.Confirm) -> pb.Confirmation:
+        """Sign a round's list of survivors."""
+        confirmation = self._masking.confirm(header, body.alive)
+        self._record("confirmed", header, sites=",".join(body.alive))
+        return confirmation
+
+    def _unmask(self, header: pb.Header, config: RunConfig, body: pb.Unmask) -> pb.Unmasking:
+        """Give the shares that open the sum of the confirmed survivors."""
+        unmasking = self._masking.unmask(header, config, body)
+        self._record("unmasked", header, signatures=len(body.signatures))
+        return unmasking
 
     def _describe(
         self,
         header: pb.Header,
         config: RunConfig,
+        body: pb.Describe,
         base: BaseModel,
         digest: str,
         ledger: Ledger | None,
@@ -282,6 +332,8 @@ class Trainer:
         """Round 0: what this site would train, and where its ledger stands in a private run."""
         described = _describe(base, digest, config.lora.rank)
         facts = {}
+        if config.secure_aggregation.enabled:
+            described.round_key.CopyFrom(self._masking.renew(header.run, body.next_round))
         if ledger is not None:
             check_exactness(base, config.training)
             described.ledger_head = ledger.head
@@ -307,6 +359,16 @@ class Trainer:
         # A refused header may be anybody's: its text is bounded.
         self._audit.append(event, run=header.run[:_RUN_LENGTH], round=header.round, **facts)
         self._textfile.note(event, time.time(), int(facts.get("bytes_out", 0)))
+
+
+def _content(update: pb.Update) -> bytes:
+    """The bytes of an update's tensors, as they leave."""
+    return update.masked.values or update.delta.data
+
+
+def _company(group: Group | None) -> dict[str, str]:
+    """With whom an update was masked."""
+    return {} if group is None else {"masked_with": ",".join(group.sites)}
 
 
 def _describe(base: BaseModel, digest: str, rank: int) -> pb.Description:
@@ -363,6 +425,7 @@ def main(arguments: list[str] | None = None) -> int:
             control=Control(options.state / "control"),
             textfile=Textfile(options.state / "metrics.prom", audit),
             budget=Budget(options.site, options.state, policy, identity.key),
+            masking=Masking(options.site, options.state / "secagg", policy, peers, identity.key),
             warm=WarmModel(*open_devices(options)),
         )
         audit.append("started", release=VERSION)

@@ -16,7 +16,7 @@ from demo.earlier import SITES, put_aside
 from demo.hospitals import Hospitals
 from demo.partition import PARTITIONS
 from demo.processes import LocalFederation
-from fedqlora.config import RunConfig, load_run, validate
+from fedqlora.config import RunConfig, validate
 from fedqlora.errors import ConfigError, FedqloraError
 from server import submit
 from server.bundle import REPOSITORY, pack
@@ -85,7 +85,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.rounds < 1:
         raise ConfigError(f"ROUNDS={options.rounds} is not a number of rounds; choose 1 or more")
     overrides = {
-        **submit.expect_sites(options.sites),
+        "federation.expected_sites": options.sites,
         "federation.rounds": options.rounds,
         "evaluation.enabled": True,
         # One score at the end: each costs as much as a round here.
@@ -94,7 +94,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.aggregation:
         overrides["aggregation.method"] = options.aggregation
     experiment = submit.find_experiment(options.experiment, REPOSITORY / "experiments")
-    config = load_run(experiment, overrides)
+    config = submit.configure(experiment, overrides, options.sites)
     home = options.home.resolve()
     hospitals = Hospitals(config, options.sites, home, options.partition)
     hospitals.prepare()
@@ -108,11 +108,11 @@ def _simulate(options: argparse.Namespace) -> None:
     """Prepare, create the run folder, simulate, report."""
     if options.workers < 1:
         raise ConfigError(f"WORKERS={options.workers} is not a number of workers; choose 1 or more")
-    overrides: dict[str, object] = dict(submit.expect_sites(options.sites))
+    overrides: dict[str, object] = {"federation.expected_sites": options.sites}
     if options.rounds is not None:
         overrides["federation.rounds"] = options.rounds
     experiment = submit.find_experiment(options.experiment, REPOSITORY / "experiments")
-    config = load_run(experiment, overrides)
+    config = submit.configure(experiment, overrides, options.sites)
     devices = SAME
     if options.devices:
         known = REPOSITORY / "experiments" / "devices"
@@ -169,11 +169,11 @@ def _create(
 def _compare(options: argparse.Namespace) -> None:
     """Run experiments that are all valid, then compare their run folders."""
     # Each is scored as often as its file says, and has the rounds that it is about.
-    overrides = {**submit.expect_sites(options.sites), "evaluation.enabled": True}
+    overrides = {"federation.expected_sites": options.sites, "evaluation.enabled": True}
     if options.rounds is not None:
         overrides["federation.rounds"] = options.rounds
     files = submit.match_experiments(options.experiments, options.folder)
-    configs = [load_run(file, overrides) for file in files]
+    configs = [submit.configure(file, overrides, options.sites) for file in files]
     home = options.home.resolve()
     parties = [Hospitals(config, options.sites, home) for config in configs]
     folders = []

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from certs.roster import ROSTER_FILE, SIGNATURE_FILE
 from client.fetch import fetch
+from client.peers import name_key
 from demo.commands import LocalSite
 from demo.data import describe, make_data
 from demo.keys import make_keys
@@ -23,6 +25,8 @@ from demo.stories import describe as describe_story
 from fedqlora.config import RunConfig
 from fedqlora.engine.base import base_digest
 from fedqlora.errors import ConfigError
+from fedqlora.files import write_durably
+from fedqlora.keys import load_signing_key
 
 
 class Hospitals:
@@ -62,6 +66,7 @@ class Hospitals:
         self.data = home / ".cache" / kind / f"{count}-sites-seed-{config.seed}-{partition}"
         self._seed = config.seed
         self._partition = partition
+        self._masked = config.secure_aggregation.enabled
 
     @property
     def held_out(self) -> Path:
@@ -100,12 +105,15 @@ class Hospitals:
         )
         for line in make_keys(self.certs, self.names, (), advice):
             print(line, flush=True)
-        digest = self.digest()
+        digest, peers = self.digest(), self.peers()
+        if self._masked:
+            self._hand_out_roster()
         for name in self.names:
             policy = self._policy(name)
-            # A hospital's own edits stay; a new base model needs a new approval.
-            if not policy.exists() or digest not in policy.read_text(encoding="utf-8"):
-                policy.write_text(render_policy(digest), encoding="utf-8")
+            text = policy.read_text(encoding="utf-8") if policy.exists() else ""
+            # A hospital's own edits stay; a new base model or peer needs a new approval.
+            if not all(one in text for one in (digest, *peers.values())):
+                policy.write_text(render_policy(digest, peers=peers), encoding="utf-8")
 
     def _deal(self) -> str:
         """Deal the records; returns what to say about it."""
@@ -127,5 +135,25 @@ class Hospitals:
         """The base model's digest, for a policy."""
         return base_digest(self.models / self._base)
 
+    def peers(self) -> dict[str, str]:
+        """The fingerprints of all hospitals' signing keys, if the run masks its updates."""
+        if not self._masked:
+            return {}
+        return {
+            name: name_key(load_signing_key(self._keys(name) / "signing.key").public_key())
+            for name in self.names
+        }
+
+    def _hand_out_roster(self) -> None:
+        """Give each hospital the signed roster, in which its trainer looks for pinned peers."""
+        for file in (ROSTER_FILE, SIGNATURE_FILE):
+            content = (self.certs / "coordinator" / file).read_bytes()
+            for name in self.names:
+                write_durably(self._keys(name) / file, content)
+
+    def _keys(self, name: str) -> Path:
+        return self.certs / "sites" / name / "current"
+
     def _policy(self, name: str) -> Path:
-        return self.data / f"{name}.policy.toml"
+        kind = "masked.toml" if self._masked else "toml"
+        return self.data / f"{name}.policy.{kind}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 _POLICY = """\
 # What this hospital allows, whatever the coordinator asks. Every key: client/policy.py.
 
@@ -16,9 +19,21 @@ rounds = 100
 
 [metrics]
 allowed = ["examples", "tokens", "train_loss", "validation_loss", "step_seconds"]
-"""
+
+[peers]
+# The demo's hospitals, with which an update may be masked: fingerprints of their signing keys.
+{peers}"""
 
 
-def render_policy(digest: str, steps: int = 200) -> str:
-    """The text of policy.toml that approves one base model and so many steps a round."""
-    return _POLICY.format(digest=digest, steps=steps)
+def render_policy(
+    digest: str, steps: int = 200, peers: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """The text of policy.toml that approves one base model and so many steps a round.
+
+    Args:
+        digest: of the base model.
+        steps: most in a round.
+        peers: fingerprints of the hospitals' signing keys, by name.
+    """
+    pinned = "".join(f'{name} = "{fingerprint}"\n' for name, fingerprint in peers.items())
+    return _POLICY.format(digest=digest, steps=steps, peers=pinned)

@@ -28,6 +28,8 @@ from client.app import reply_with, unwrap
 from client.budget import Budget
 from client.control import Control
 from client.feedback import Feedback
+from client.masking import Masking
+from client.peers import load_peers
 from client.policy import load_policy
 from client.textfile import Textfile
 from client.trainer import Trainer
@@ -84,7 +86,7 @@ def lay_out(
         state = folder.path.parent / SITES / name
         state.mkdir(parents=True, exist_ok=True)
         allowed = max(1, round(steps * kind.steps))
-        text = render_policy(hospitals.digest(), steps=allowed)
+        text = render_policy(hospitals.digest(), steps=allowed, peers=hospitals.peers())
         write_durably(state / "policy.toml", text.encode())
         sites.append(
             SimulatedSite(
@@ -224,6 +226,13 @@ def answer(site: SimulatedSite, models: Path, envelope: bytes) -> bytes:
         control=Control(site.state / "control"),
         textfile=Textfile(site.state / "metrics.prom", audit),
         budget=Budget(site.name, site.state, policy, identity.key),
+        masking=Masking(
+            site.name,
+            site.state / "secagg",
+            policy,
+            load_peers(policy, site.keys, site.name),
+            identity.key,
+        ),
         warm=_warm_model(),
     )
     return Service(identity, site.state / "window", trainer, audit=audit).exchange(envelope)

@@ -171,5 +171,66 @@ COMBINATIONS = (
         "which are other ones or other halves with this aggregation.method; set "
         'late_updates = "discard" or aggregation.method = "fedavg"',
     ),
+    Combination(
+        lambda run: (
+            run.secure_aggregation.enabled
+            and run.aggregation.method not in ("fedavg", "ffa", "fedsvd", "rolora")
+        ),
+        "secure_aggregation gives the coordinator the sum of all updates only, and this "
+        'aggregation.method needs each by itself; set aggregation.method = "ffa" or "fedavg"',
+    ),
+    Combination(
+        lambda run: run.secure_aggregation.enabled and run.aggregation.rule != "mean",
+        "secure_aggregation gives the coordinator the sum of all updates only, and this "
+        'aggregation.rule compares single ones; set aggregation.rule = "mean"',
+    ),
+    Combination(
+        lambda run: run.secure_aggregation.enabled and run.aggregation.canary is not None,
+        "secure_aggregation shows no site's own update, so aggregation.canary could blame nobody; "
+        "leave one of them out",
+    ),
+    Combination(
+        lambda run: run.secure_aggregation.enabled and run.training.control_variates,
+        "secure_aggregation masks updates, and training.control_variates are gradients that would "
+        "travel beside them in the clear; set training.control_variates = false",
+    ),
+    Combination(
+        lambda run: run.secure_aggregation.enabled and run.federation.late_updates == "use",
+        "secure_aggregation opens a round's sum once, and a late update is in no sum; set "
+        'federation.late_updates = "discard"',
+    ),
+    Combination(
+        lambda run: run.secure_aggregation.enabled and run.codec.update == "topk",
+        "secure_aggregation adds all sites' values position by position, and topk sends other "
+        'positions from each; set codec.update = "bfloat16"',
+    ),
+    Combination(
+        lambda run: run.secure_aggregation.enabled and run.codec.update in ("int8", "nf4"),
+        "secure_aggregation needs one scale for all sites, and this codec.update has another for "
+        'each block of each site; set codec.update = "bfloat16"',
+    ),
+    Combination(
+        lambda run: run.secure_aggregation.enabled and run.lora.mixed_ranks,
+        "secure_aggregation adds updates of one shape, and lora.mixed_ranks gives sites different "
+        "ones; set lora.mixed_ranks = false",
+    ),
+    Combination(
+        lambda run: run.secure_aggregation.enabled and run.federation.min_sites < 3,
+        "secure_aggregation of fewer than three sites tells each of two the other's update; set "
+        "federation.min_sites to at least 3",
+    ),
+    Combination(
+        lambda run: (
+            run.secure_aggregation.enabled
+            and max(run.federation.min_sites, run.federation.expected_sites or 0) > 50
+        ),
+        "secure_aggregation masks every site with every other, which is built for up to 50; lower "
+        "federation.expected_sites and federation.min_sites",
+    ),
+    Combination(
+        lambda run: run.secure_aggregation.enabled and 50 * run.most_weight >= 2**31,
+        "secure_aggregation sums weights in 31 bits, and this many steps, examples and tokens of "
+        'fifty sites do not fit; set aggregation.weighting = "examples" or lower training.steps',
+    ),
 )
 """All combinations that a run's configuration refuses; a test has one case for each."""

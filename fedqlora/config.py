@@ -166,6 +166,21 @@ class PrivacyConfig(Section):
     """Of each patient the first so many examples are used; unit `example` uses all."""
 
 
+class SecureAggregationConfig(Section):
+    """Whether the coordinator learns the sum of the sites' updates and figures only.
+
+    Updates then travel as 32-bit numbers, whatever `codec.update` says (docs/privacy.md).
+    """
+
+    enabled: bool = False
+    """Mask every update."""
+    largest_value: float = Field(default=1.0, gt=0)
+    """Largest magnitude of a value in an update; a site with a larger one is left out of the round.
+    A sum is exact to a few hundred-millionths of it."""
+    answer_seconds: float = Field(default=60.0, gt=0)
+    """How long a site may take for each of the two short steps that follow the updates."""
+
+
 class CodecConfig(Section):
     """How adapters travel. The server always sends float32."""
 
@@ -212,6 +227,7 @@ class RunConfig(Section):
     codec: CodecConfig = CodecConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     privacy: PrivacyConfig = PrivacyConfig()
+    secure_aggregation: SecureAggregationConfig = SecureAggregationConfig()
 
     @model_validator(mode="after")
     def _private(self) -> RunConfig:
@@ -241,6 +257,13 @@ class RunConfig(Section):
                 "lora.dora = false"
             )
         return self
+
+    @property
+    def most_weight(self) -> int:
+        """The largest weight that a site can earn in a round."""
+        examples = self.training.steps * self.training.batch_examples
+        tokens = examples * self.training.max_length
+        return {"examples": examples, "tokens": tokens, "uniform": 1}[self.aggregation.weighting]
 
     @property
     def residual_rank(self) -> int:

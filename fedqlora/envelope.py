@@ -33,6 +33,9 @@ from fedqlora.head import Head
 VERSION = 1
 ANY_SITE = "*"
 NO_HEAD = Head()
+Instruction = pb.Describe | pb.Train | pb.Evaluate | pb.Confirm | pb.Unmask
+Answer = pb.Description | pb.Update | pb.Evaluation | pb.Confirmation | pb.Unmasking
+"""What an instruction that is not refused brings back."""
 # Keeps these signatures apart from anything else that the same key may ever sign.
 _PREFIX = b"fedqlora envelope\x00"
 
@@ -140,7 +143,10 @@ def verify_reply(data: bytes, key: Ed25519PublicKey, *, site: str, instruction: 
         SignatureError: also if the reply is another site's or answers another instruction.
         VersionError: as `verify`.
     """
-    kinds = (pb.DESCRIPTION, pb.UPDATE, pb.EVALUATION, pb.REFUSAL)
+    kinds = (
+        *(pb.DESCRIPTION, pb.UPDATE, pb.CONFIRMATION, pb.UNMASKING),
+        *(pb.EVALUATION, pb.REFUSAL),
+    )
     reply = verify(data, key, kinds=kinds)
     if reply.header.site != site:
         raise SignatureError(f"a reply is in the name of {reply.header.site[:40]}, not {site}")

@@ -11,6 +11,7 @@
     ├── PrivacyError         a promise of privacy cannot be kept with this model, data or run
     ├── LedgerError          the record of privacy spent is lost, damaged, old or another site's
     ├── ReceiptError         a receipt's signature or epsilon does not hold
+    ├── SecureAggregationError  a step of secure aggregation would reveal more than the sum
     ├── PolicyRefusal        the site's policy forbids it; `rule` names the rule
     ├── UpdateError          a site's update has a wrong name, shape, range or digest
     ├── AuditError           an audit log cannot be written, or its chain is broken
@@ -73,6 +74,19 @@ class LedgerError(FedqloraError):
 
 class ReceiptError(FedqloraError):
     """A receipt's signature, chain or epsilon does not hold."""
+
+
+class SecureAggregationError(FedqloraError):
+    """A step of secure aggregation is out of order, forged, or would reveal more than the sum.
+
+    Args:
+        rule: which of its rules was broken, such as `secure_aggregation.survivors`.
+        message: one sentence that says what was asked and why it is not done.
+    """
+
+    def __init__(self, rule: str, message: str) -> None:
+        super().__init__(message)
+        self.rule = rule
 
 
 class PolicyRefusal(FedqloraError):

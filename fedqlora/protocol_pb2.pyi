@@ -13,17 +13,25 @@ class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DESCRIBE: _ClassVar[Kind]
     TRAIN: _ClassVar[Kind]
     EVALUATE: _ClassVar[Kind]
+    CONFIRM: _ClassVar[Kind]
+    UNMASK: _ClassVar[Kind]
     DESCRIPTION: _ClassVar[Kind]
     UPDATE: _ClassVar[Kind]
     EVALUATION: _ClassVar[Kind]
+    CONFIRMATION: _ClassVar[Kind]
+    UNMASKING: _ClassVar[Kind]
     REFUSAL: _ClassVar[Kind]
 KIND_UNSPECIFIED: Kind
 DESCRIBE: Kind
 TRAIN: Kind
 EVALUATE: Kind
+CONFIRM: Kind
+UNMASK: Kind
 DESCRIPTION: Kind
 UPDATE: Kind
 EVALUATION: Kind
+CONFIRMATION: Kind
+UNMASKING: Kind
 REFUSAL: Kind
 
 class Envelope(_message.Message):
@@ -73,7 +81,7 @@ class Tensors(_message.Message):
     def __init__(self, encoding: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Describe(_message.Message):
-    __slots__ = ("config", "ledger_heads")
+    __slots__ = ("config", "ledger_heads", "next_round")
     class LedgerHeadsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -83,12 +91,14 @@ class Describe(_message.Message):
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     LEDGER_HEADS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_ROUND_FIELD_NUMBER: _ClassVar[int]
     config: str
     ledger_heads: _containers.ScalarMap[str, str]
-    def __init__(self, config: _Optional[str] = ..., ledger_heads: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    next_round: int
+    def __init__(self, config: _Optional[str] = ..., ledger_heads: _Optional[_Mapping[str, str]] = ..., next_round: _Optional[int] = ...) -> None: ...
 
 class Train(_message.Message):
-    __slots__ = ("config", "adapter", "residual", "control", "ledger_heads")
+    __slots__ = ("config", "adapter", "residual", "control", "ledger_heads", "round_keys")
     class LedgerHeadsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -101,12 +111,14 @@ class Train(_message.Message):
     RESIDUAL_FIELD_NUMBER: _ClassVar[int]
     CONTROL_FIELD_NUMBER: _ClassVar[int]
     LEDGER_HEADS_FIELD_NUMBER: _ClassVar[int]
+    ROUND_KEYS_FIELD_NUMBER: _ClassVar[int]
     config: str
     adapter: Tensors
     residual: Tensors
     control: Tensors
     ledger_heads: _containers.ScalarMap[str, str]
-    def __init__(self, config: _Optional[str] = ..., adapter: _Optional[_Union[Tensors, _Mapping]] = ..., residual: _Optional[_Union[Tensors, _Mapping]] = ..., control: _Optional[_Union[Tensors, _Mapping]] = ..., ledger_heads: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    round_keys: _containers.RepeatedCompositeFieldContainer[RoundKey]
+    def __init__(self, config: _Optional[str] = ..., adapter: _Optional[_Union[Tensors, _Mapping]] = ..., residual: _Optional[_Union[Tensors, _Mapping]] = ..., control: _Optional[_Union[Tensors, _Mapping]] = ..., ledger_heads: _Optional[_Mapping[str, str]] = ..., round_keys: _Optional[_Iterable[_Union[RoundKey, _Mapping]]] = ...) -> None: ...
 
 class Evaluate(_message.Message):
     __slots__ = ("config", "adapter", "residual")
@@ -118,6 +130,38 @@ class Evaluate(_message.Message):
     residual: Tensors
     def __init__(self, config: _Optional[str] = ..., adapter: _Optional[_Union[Tensors, _Mapping]] = ..., residual: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
 
+class Confirm(_message.Message):
+    __slots__ = ("config", "alive")
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
+    config: str
+    alive: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, config: _Optional[str] = ..., alive: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Unmask(_message.Message):
+    __slots__ = ("config", "signatures", "sealed")
+    class SignaturesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    class SealedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURES_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
+    config: str
+    signatures: _containers.ScalarMap[str, bytes]
+    sealed: _containers.ScalarMap[str, bytes]
+    def __init__(self, config: _Optional[str] = ..., signatures: _Optional[_Mapping[str, bytes]] = ..., sealed: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+
 class TensorShape(_message.Message):
     __slots__ = ("name", "shape")
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -127,7 +171,7 @@ class TensorShape(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("base_digest", "family", "tensors", "given", "software", "ledger_head")
+    __slots__ = ("base_digest", "family", "tensors", "given", "software", "ledger_head", "round_key")
     class SoftwareEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -141,16 +185,18 @@ class Description(_message.Message):
     GIVEN_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
     LEDGER_HEAD_FIELD_NUMBER: _ClassVar[int]
+    ROUND_KEY_FIELD_NUMBER: _ClassVar[int]
     base_digest: str
     family: str
     tensors: _containers.RepeatedCompositeFieldContainer[TensorShape]
     given: Tensors
     software: _containers.ScalarMap[str, str]
     ledger_head: str
-    def __init__(self, base_digest: _Optional[str] = ..., family: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[TensorShape, _Mapping]]] = ..., given: _Optional[_Union[Tensors, _Mapping]] = ..., software: _Optional[_Mapping[str, str]] = ..., ledger_head: _Optional[str] = ...) -> None: ...
+    round_key: RoundKey
+    def __init__(self, base_digest: _Optional[str] = ..., family: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[TensorShape, _Mapping]]] = ..., given: _Optional[_Union[Tensors, _Mapping]] = ..., software: _Optional[_Mapping[str, str]] = ..., ledger_head: _Optional[str] = ..., round_key: _Optional[_Union[RoundKey, _Mapping]] = ...) -> None: ...
 
 class Update(_message.Message):
-    __slots__ = ("delta", "examples", "tokens", "metrics", "control", "ledger_head", "receipt")
+    __slots__ = ("delta", "examples", "tokens", "metrics", "control", "ledger_head", "receipt", "masked")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +211,7 @@ class Update(_message.Message):
     CONTROL_FIELD_NUMBER: _ClassVar[int]
     LEDGER_HEAD_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    MASKED_FIELD_NUMBER: _ClassVar[int]
     delta: Tensors
     examples: int
     tokens: int
@@ -172,7 +219,57 @@ class Update(_message.Message):
     control: Tensors
     ledger_head: str
     receipt: bytes
-    def __init__(self, delta: _Optional[_Union[Tensors, _Mapping]] = ..., examples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., control: _Optional[_Union[Tensors, _Mapping]] = ..., ledger_head: _Optional[str] = ..., receipt: _Optional[bytes] = ...) -> None: ...
+    masked: Masked
+    def __init__(self, delta: _Optional[_Union[Tensors, _Mapping]] = ..., examples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., control: _Optional[_Union[Tensors, _Mapping]] = ..., ledger_head: _Optional[str] = ..., receipt: _Optional[bytes] = ..., masked: _Optional[_Union[Masked, _Mapping]] = ...) -> None: ...
+
+class RoundKey(_message.Message):
+    __slots__ = ("site", "public", "signature")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    site: str
+    public: bytes
+    signature: bytes
+    def __init__(self, site: _Optional[str] = ..., public: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class Masked(_message.Message):
+    __slots__ = ("values", "sealed")
+    class SealedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
+    values: bytes
+    sealed: _containers.ScalarMap[str, bytes]
+    def __init__(self, values: _Optional[bytes] = ..., sealed: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+
+class Confirmation(_message.Message):
+    __slots__ = ("signature",)
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    signature: bytes
+    def __init__(self, signature: _Optional[bytes] = ...) -> None: ...
+
+class Unmasking(_message.Message):
+    __slots__ = ("shares", "round_key")
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    ROUND_KEY_FIELD_NUMBER: _ClassVar[int]
+    shares: _containers.RepeatedCompositeFieldContainer[Share]
+    round_key: RoundKey
+    def __init__(self, shares: _Optional[_Iterable[_Union[Share, _Mapping]]] = ..., round_key: _Optional[_Union[RoundKey, _Mapping]] = ...) -> None: ...
+
+class Share(_message.Message):
+    __slots__ = ("site", "peer", "value")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    site: str
+    peer: str
+    value: bytes
+    def __init__(self, site: _Optional[str] = ..., peer: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
 
 class Scores(_message.Message):
     __slots__ = ("values",)

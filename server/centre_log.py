@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from google.protobuf.message import Message
 
 from fedqlora import protocol_pb2 as pb
 from fedqlora.audit import AuditLog, digest_of
@@ -115,7 +116,7 @@ class CentreLog:
     def replied(
         self,
         header: pb.Header,
-        body: pb.Description | pb.Update | pb.Refusal,
+        body: Message,
         expected: Head,
         *,
         confirmed: bool,

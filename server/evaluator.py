@@ -19,6 +19,7 @@ from fedqlora.engine.device import add_device_options, open_devices
 from fedqlora.engine.evaluate import evaluate, load_held_out
 from fedqlora.engine.service import Identity, Service, serve
 from fedqlora.engine.warm import WarmModel
+from fedqlora.envelope import Instruction
 from fedqlora.errors import FedqloraError, SignatureError
 from server.evaluation import NAME
 
@@ -43,7 +44,7 @@ class Scorer:
         self,
         header: pb.Header,
         config: RunConfig,
-        body: pb.Describe | pb.Train | pb.Evaluate,
+        body: Instruction,
     ) -> pb.Evaluation:
         """Score the adapter of one instruction; see engine/service.py.
 

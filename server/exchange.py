@@ -50,10 +50,21 @@ LOST = "lost"
 REFUSED = "refused"
 INVALID = "invalid"
 
-_BODIES: dict[int, type[pb.Description] | type[pb.Update] | type[pb.Refusal]] = {
+SiteAnswer = pb.Description | pb.Update | pb.Confirmation | pb.Unmasking
+"""What a site says unless it refuses."""
+
+_BODIES: dict[int, type[SiteAnswer | pb.Refusal]] = {
     pb.DESCRIPTION: pb.Description,
     pb.UPDATE: pb.Update,
+    pb.CONFIRMATION: pb.Confirmation,
+    pb.UNMASKING: pb.Unmasking,
     pb.REFUSAL: pb.Refusal,
+}
+_EXPECTED: dict[int, int] = {
+    pb.DESCRIBE: pb.DESCRIPTION,
+    pb.TRAIN: pb.UPDATE,
+    pb.CONFIRM: pb.CONFIRMATION,
+    pb.UNMASK: pb.UNMASKING,
 }
 
 
@@ -74,7 +85,7 @@ class Answer:
 
     node: int
     site: str
-    message: pb.Description | pb.Update | None = None
+    message: SiteAnswer | None = None
     failure: str = ""
     reason: str = ""
     sent_bytes: int = 0
@@ -118,7 +129,7 @@ class Exchange:
         self._grid = grid
         self._key = key
         self._sites = sites
-        self._run = run
+        self.run = run
         self._overdue: dict[str, _Sent] = {}
         self.issued = issued
         self.history = history
@@ -132,13 +143,17 @@ class Exchange:
         with _superlink():
             return set(self._grid.get_node_ids())
 
+    def key_of(self, site: str) -> Ed25519PublicKey:
+        """The public signing key of a site of the roster."""
+        return self._sites[site]
+
     def sign(self, kind: pb.Kind, site: str, round_: int, payload: bytes) -> bytes:
         """Sign an instruction with the next issue number."""
         # A clock makes numbers grow across restarts, the counter when the clock does not.
         self.issued = max(time.time_ns(), self.issued + 1)
         return sign(
             self._key,
-            run=self._run,
+            run=self.run,
             round_=round_,
             site=site,
             kind=kind,
@@ -150,12 +165,12 @@ class Exchange:
 
     def judged(self, round_: int, site: str, outcome: str) -> None:
         """Put on record what became of a site's answer: used, or why not."""
-        self.history.record("judged", run=self._run, round=round_, site=site, outcome=outcome)
+        self.history.record("judged", run=self.run, round=round_, site=site, outcome=outcome)
 
     def aggregated(self, round_: int, sites: int, adapter: bytes) -> None:
         """Put on record what a round has made of the updates, and sign the log's head."""
         digest = digest_of(adapter)
-        self.history.record("aggregated", run=self._run, round=round_, sites=sites, adapter=digest)
+        self.history.record("aggregated", run=self.run, round=round_, sites=sites, adapter=digest)
         self.history.sign_head()
 
     def ask(
@@ -163,7 +178,7 @@ class Exchange:
         addressees: Mapping[int, str],
         kind: pb.Kind,
         round_: int,
-        payload: bytes,
+        payload: bytes | Mapping[str, bytes],
         deadline_seconds: float,
         *,
         use_late: bool = False,
@@ -176,9 +191,9 @@ class Exchange:
 
         Args:
             addressees: node id -> site name, or "*" for a node not known yet.
-            kind: DESCRIBE or TRAIN.
+            kind: DESCRIBE, TRAIN, CONFIRM or UNMASK.
             round_: the round.
-            payload: the serialized instruction, the same for all.
+            payload: the serialized instruction, one for all or one for each site by name.
             deadline_seconds: nodes that have not answered by then yield a `late` answer.
             use_late: see above; what was late is forgotten when this process ends.
 
@@ -198,7 +213,8 @@ class Exchange:
         for node, site in addressees.items():
             if node in busy:
                 continue
-            envelope = self.sign(kind, site, round_, payload)
+            own = payload if isinstance(payload, bytes) else payload[site]
+            envelope = self.sign(kind, site, round_, own)
             digest = instruction_digest(envelope)
             seen = self.history.instructed(envelope)
             array = Array(np.frombuffer(envelope, dtype=np.uint8))
@@ -214,7 +230,7 @@ class Exchange:
             pending[identifiers[0]] = _Sent(
                 node=node, site=site, digest=digest, size=len(envelope), seen=seen
             )
-            del envelope, array, content, message
+            del own, envelope, array, content, message
         # Sent: what follows may take hours, and an adapter is large.
         del payload
         while pending:
@@ -303,7 +319,7 @@ def _superlink() -> Iterator[None]:
 
 def open_reply(
     data: bytes, key: Ed25519PublicKey, *, site: str, instruction: bytes, asked: pb.Kind
-) -> tuple[pb.Header, pb.Description | pb.Update | pb.Refusal]:
+) -> tuple[pb.Header, SiteAnswer | pb.Refusal]:
     """Verify a reply and parse its payload, of which no copy outlives the call.
 
     Args:
@@ -317,8 +333,7 @@ def open_reply(
         EnvelopeError: see envelope.verify_reply; also a reply of a kind that was not asked for.
     """
     reply = verify_reply(data, key, site=site, instruction=instruction)
-    expected = {pb.DESCRIBE: pb.DESCRIPTION, pb.TRAIN: pb.UPDATE}[asked]
-    if reply.header.kind not in (expected, pb.REFUSAL):
+    if reply.header.kind not in (_EXPECTED[asked], pb.REFUSAL):
         raise SignatureError(f"site {site} answered with another kind of reply than asked for")
     try:
         return reply.header, _BODIES[reply.header.kind].FromString(reply.payload)

@@ -33,7 +33,7 @@ _LONGEST_CONTROL = 1e6
 
 
 class Intake:
-    """What one round takes in.
+    """What one round takes in; where updates are masked, `SecureRound` takes its place.
 
     Args:
         config: the run.
@@ -54,6 +54,7 @@ class Intake:
         medians: Mapping[str, float],
         registered: int,
     ) -> None:
+        self.round_keys: tuple[pb.RoundKey, ...] = ()
         self._config = config
         self._adapter = before.adapter
         self._medians = medians

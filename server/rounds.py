@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from fedqlora import protocol_pb2 as pb
@@ -34,6 +34,7 @@ from server.peft_format import write_adapter
 from server.receipts import Receipts
 from server.report import refresh_report
 from server.sampling import sample_sites
+from server.secure_round import SecureRound
 from server.sites import Described, Sites
 
 log = logging.getLogger("server")
@@ -62,7 +63,7 @@ def federate(
     metrics.forget_after(checkpoint.round if checkpoint else -1)
     receipts = Receipts(folder.path)
     sites = Sites(config, exchange, metrics, registered, _agreed(checkpoint), receipts)
-    sites.gather()
+    sites.gather(checkpoint.round + 1 if checkpoint else 1)
     if checkpoint is None:
         checkpoint = _start(config, sites, exchange)
         folder.save(checkpoint)
@@ -105,23 +106,28 @@ def run_round(
         The next adapter, and the next residual.
 
     Raises:
-        FederationError: fewer than `min_sites` usable updates came; names who and why.
+        FederationError: fewer than `min_sites` usable updates came, or their masked sum cannot be
+            opened; names who and why.
         UpdateError: the run's method cannot aggregate this adapter.
     """
     started = time.monotonic()
-    intake = Intake(config, round_, before, running_medians(metrics.read()), sites.expected)
     excluded = canary.excluded() if canary else {}
-    here = {node: site for node, site in sites.online().items() if site not in excluded}
+    here = {node: site for node, site in sites.online(round_).items() if site not in excluded}
     asked = sample_sites(config, round_, here.values())
     absent = excluded | dict.fromkeys(set(here.values()) - asked, "not in this round's sample")
     addressees = {node: site for node, site in here.items() if site in asked}
     log.info("round %s: %s", round_, ", ".join(sorted(addressees.values())))
+    intake: Intake | SecureRound
+    if config.secure_aggregation.enabled:
+        intake = SecureRound(config, round_, before, addressees.values(), sites, exchange)
+    else:
+        intake = Intake(config, round_, before, running_medians(metrics.read()), sites.expected)
     outcomes = dict(excluded)
     for answer in exchange.ask(
         addressees,
         pb.TRAIN,
         round_,
-        _instruct(config, round_, before, sites.receipts.heads()),
+        _instruct(config, round_, before, sites.receipts.heads(), intake.round_keys),
         config.federation.round_deadline_seconds,
         use_late=config.federation.late_updates == "use",
     ):
@@ -147,7 +153,8 @@ def run_round(
             f"{config.federation.min_sites} ({why}); mend those sites, then resume the run"
         )
     result = intake.finish()
-    if canary is not None:
+    # A masked round shows no single update; the configuration refuses a canary with it.
+    if canary is not None and isinstance(intake, Intake):
         result = canary.judge(round_, before, intake, result)
     seconds = round(time.monotonic() - started, 3)
     metrics.append(
@@ -169,7 +176,11 @@ def run_round(
 
 
 def _instruct(
-    config: RunConfig, round_: int, before: Checkpoint, ledger_heads: Mapping[str, str]
+    config: RunConfig,
+    round_: int,
+    before: Checkpoint,
+    ledger_heads: Mapping[str, str],
+    round_keys: Iterable[pb.RoundKey],
 ) -> bytes:
     """The payload of a training instruction, the same for every site."""
     control = None
@@ -183,6 +194,7 @@ def _instruct(
         residual=encode(before.residual, "float32") if before.residual else None,
         control=control,
         ledger_heads=ledger_heads,
+        round_keys=round_keys,
     )
     return train.SerializeToString()
 

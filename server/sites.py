@@ -17,7 +17,8 @@ from fedqlora.adapter import Adapter, AdapterSpec
 from fedqlora.codec import decode
 from fedqlora.config import RunConfig
 from fedqlora.envelope import ANY_SITE
-from fedqlora.errors import FederationError
+from fedqlora.errors import FederationError, SecureAggregationError
+from fedqlora.secure.keys import verify_round_key
 from server.exchange import LOST, Exchange
 from server.metrics import Metrics
 from server.receipts import Receipts
@@ -61,6 +62,7 @@ class Sites:
         receipts: Receipts,
     ) -> None:
         self.receipts = receipts
+        self._round_keys: dict[str, tuple[int, pb.RoundKey]] = {}
         self._config = config
         self._exchange = exchange
         self._metrics = metrics
@@ -85,32 +87,62 @@ class Sites:
         """Starting values of tensors that are neither A nor B."""
         return self._given
 
-    def gather(self) -> None:
+    def gather(self, round_: int) -> None:
         """Wait for the sites that a run starts with.
+
+        Args:
+            round_: the first round that they take part in.
 
         Raises:
             FederationError: fewer than `min_sites` are usable after `wait_seconds`, or the
                 sites disagree.
         """
-        self._wait(self.expected)
+        self._wait(self.expected, round_)
 
-    def online(self) -> dict[int, str]:
+    def online(self, round_: int) -> dict[int, str]:
         """Usable sites that are connected now: node id -> name.
 
         New nodes are described first; with fewer than `min_sites` it waits for more.
 
+        Args:
+            round_: the round that they are wanted for.
+
         Raises:
             FederationError: still fewer after `wait_seconds`.
         """
-        return self._wait(self._config.federation.min_sites)
+        return self._wait(self._config.federation.min_sites, round_)
 
-    def _wait(self, wanted: int) -> dict[int, str]:
+    def keep_key(self, site: str, round_key: pb.RoundKey, round_: int) -> None:
+        """Take a site's key for a round of secure aggregation.
+
+        Raises:
+            SecureAggregationError: it is not signed by that site for that round.
+        """
+        verify_round_key(
+            round_key, self._exchange.key_of(site), run=self._exchange.run, round_=round_
+        )
+        self._round_keys[site] = (round_, round_key)
+
+    def round_key(self, site: str) -> pb.RoundKey:
+        """The key of a site that `online` has named, for that round."""
+        return self._round_keys[site][1]
+
+    def _forget_old_keys(self, round_: int) -> None:
+        """Sites whose key is for another round are described anew, which brings a fresh one."""
+        for site, (of, _) in list(self._round_keys.items()):
+            if of != round_:
+                del self._round_keys[site]
+                self._asked.discard(self._nodes.pop(site))
+
+    def _wait(self, wanted: int, round_: int) -> dict[int, str]:
         settings = self._config.federation
+        self._forget_old_keys(round_)
         deadline = time.monotonic() + settings.wait_seconds
         waiting = False
         while True:
             connected = self._exchange.nodes()
-            self._describe(connected - self._asked, max(1.0, deadline - time.monotonic()))
+            unknown = connected - self._asked
+            self._describe(unknown, max(1.0, deadline - time.monotonic()), round_)
             usable = {node: site for site, node in self._nodes.items() if node in connected}
             # Nobody else can come: waiting would not help.
             complete = len(connected) >= self.expected and connected <= self._asked
@@ -129,12 +161,14 @@ class Sites:
                 waiting = True
             time.sleep(_POLL_SECONDS)
 
-    def _describe(self, nodes: set[int], deadline_seconds: float) -> None:
+    def _describe(self, nodes: set[int], deadline_seconds: float, round_: int) -> None:
         """Ask unknown nodes who they are and what they hold."""
         if not nodes:
             return
         body = pb.Describe(
-            config=self._config.model_dump_json(), ledger_heads=self.receipts.heads()
+            config=self._config.model_dump_json(),
+            ledger_heads=self.receipts.heads(),
+            next_round=round_,
         ).SerializeToString()
         addressees = dict.fromkeys(sorted(nodes), ANY_SITE)
         found: dict[str, tuple[int, Described, pb.Description]] = {}
@@ -166,6 +200,14 @@ class Sites:
                 log.warning("site %s cannot take part: %s", site, self._problems[site])
                 self._metrics.append("unusable", site=site, reason=self._problems[site])
                 continue
+            if self._config.secure_aggregation.enabled:
+                try:
+                    self.keep_key(site, said.round_key, round_)
+                except SecureAggregationError as error:
+                    self._problems[site] = str(error)
+                    log.warning("site %s cannot take part: %s", site, error)
+                    self._metrics.append("unusable", site=site, reason=str(error))
+                    continue
             self._problems.pop(site, None)
             self._nodes[site] = node
             self._metrics.append("joined", site=site, software=dict(said.software))

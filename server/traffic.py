@@ -13,12 +13,18 @@ def describe_traffic(events: Iterable[Mapping[str, Any]]) -> str:
         events: the lines of a run's metrics; those of sites count, also where a reply was
             refused.
     """
+    events = list(events)
     sites = [event for event in events if event["event"] == "site"]
     if not sites:
         return ""
     rounds = len({event["round"] for event in sites})
-    down = sum(event["bytes_down"] for event in sites) / rounds
-    up = sum(event["bytes_up"] for event in sites) / rounds
+    # Under secure aggregation a round has two more exchanges, which open its sum.
+    opened = [event for event in events if "opening_bytes_up" in event]
+    down = sum(event["bytes_down"] for event in sites)
+    down += sum(event["opening_bytes_down"] for event in opened)
+    up = sum(event["bytes_up"] for event in sites)
+    up += sum(event["opening_bytes_up"] for event in opened)
+    down, up = down / rounds, up / rounds
     return f"Each round, all sites together: {_megabytes(down)} down, {_megabytes(up)} up."
 
 

@@ -28,6 +28,8 @@ from fedqlora.audit import AuditLog
 from fedqlora.config import RunConfig, validate
 from fedqlora.envelope import (
     ANY_SITE,
+    Answer,
+    Instruction,
     ReplayWindow,
     Verified,
     claimed_header,
@@ -44,6 +46,7 @@ from fedqlora.errors import (
     ModelError,
     PolicyRefusal,
     PrivacyError,
+    SecureAggregationError,
     SignatureError,
     UpdateError,
 )
@@ -61,20 +64,28 @@ SAYABLE: tuple[type[FedqloraError], ...] = (
     EnvelopeError,
     UpdateError,
     HistoryError,
+    SecureAggregationError,
 )
-_INSTRUCTIONS: dict[int, type[pb.Describe] | type[pb.Train] | type[pb.Evaluate]] = {
+_INSTRUCTIONS: dict[int, type[Instruction]] = {
     pb.DESCRIBE: pb.Describe,
     pb.TRAIN: pb.Train,
     pb.EVALUATE: pb.Evaluate,
+    pb.CONFIRM: pb.Confirm,
+    pb.UNMASK: pb.Unmask,
+}
+_ANSWERS: dict[int, pb.Kind] = {
+    pb.DESCRIBE: pb.DESCRIPTION,
+    pb.TRAIN: pb.UPDATE,
+    pb.EVALUATE: pb.EVALUATION,
+    pb.CONFIRM: pb.CONFIRMATION,
+    pb.UNMASK: pb.UNMASKING,
 }
 
 
 class Worker(Protocol):
     """What carries instructions out; a missing method's kind is refused."""
 
-    def perform(
-        self, header: pb.Header, config: RunConfig, body: pb.Describe | pb.Train | pb.Evaluate
-    ) -> pb.Description | pb.Update | pb.Evaluation:
+    def perform(self, header: pb.Header, config: RunConfig, body: Instruction) -> Answer:
         """Carry out one verified instruction and return what is to be signed."""
 
     def refused(self, header: pb.Header, refusal: pb.Refusal) -> None:
@@ -185,9 +196,7 @@ class Service(protocol_pb2_grpc.TrainerServicer):
         except DecodeError:
             raise SignatureError("an instruction's payload does not parse; send it again") from None
         config = parse_config(body.config)
-        message = self._worker.perform(header, config, body)
-        kind = {pb.DESCRIBE: pb.DESCRIPTION, pb.TRAIN: pb.UPDATE, pb.EVALUATE: pb.EVALUATION}
-        return kind[header.kind], message
+        return _ANSWERS[header.kind], self._worker.perform(header, config, body)
 
     def _refuse(self, header: pb.Header, digest: bytes, error: Exception) -> bytes:
         """Log an error and sign what may be said of it."""

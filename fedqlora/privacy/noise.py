@@ -29,18 +29,18 @@ class SecureNoise:
 
     def draw(self, probability: float) -> bool:
         """True with this probability, to 53 bits."""
-        return bool(self._uniform(1)[0] < probability)
+        return bool(self.uniform(1)[0] < probability)
 
     def normal(self, count: int) -> NDArray[np.float32]:
         """`count` independent standard normal values, by Box and Muller in float64."""
         half = (count + 1) // 2
         # 1 - u lies in (0, 1], where the logarithm is finite.
-        radius = np.sqrt(-2 * np.log(1 - self._uniform(half)))
-        angle = 2 * np.pi * self._uniform(half)
+        radius = np.sqrt(-2 * np.log(1 - self.uniform(half)))
+        angle = 2 * np.pi * self.uniform(half)
         both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
         return both[:count].astype(np.float32)
 
-    def _uniform(self, count: int) -> NDArray[np.float64]:
+    def uniform(self, count: int) -> NDArray[np.float64]:
         """Values in [0, 1), multiples of 2**-53."""
         bits = np.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8")
         values: NDArray[np.float64] = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

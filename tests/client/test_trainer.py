@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from client.budget import Budget
 from client.control import Control
 from client.feedback import Feedback
+from client.masking import Masking
 from client.policy import Limits, Metrics, Models, Policy
 from client.textfile import Textfile
 from client.trainer import Trainer
@@ -43,6 +44,7 @@ class Site:
 
     folder: Path
     policy: Policy
+    peers: dict[str, Ed25519PublicKey] = field(default_factory=dict)
 
     def service(self) -> Service:
         audit = AuditLog(self.folder / "audit.jsonl", SITE)
@@ -57,6 +59,7 @@ class Site:
             textfile=Textfile(self.folder / "metrics.prom", audit),
             warm=WarmModel(),
             budget=Budget("a", self.folder, self.policy, SITE),
+            masking=Masking("a", self.folder / "secagg", self.policy, self.peers, SITE),
         )
         identity = Identity(name="a", key=SITE, coordinator=COORDINATOR.public_key())
         return Service(identity, self.folder / "window", trainer, audit=audit)
@@ -77,9 +80,7 @@ def run_config(**sections: dict[str, object]) -> RunConfig:
     return validate(RunConfig, values, "test")
 
 
-def ask(
-    service: Service, kind: pb.Kind, body: Any, issued: int, seen: Head = NO_HEAD
-) -> pb.Description | pb.Update | pb.Refusal:
+def ask(service: Service, kind: pb.Kind, body: Any, issued: int, seen: Head = NO_HEAD) -> Any:
     """Send one signed instruction and parse the verified reply."""
     return parse(*exchange(service, kind, body, issued, seen))
 
@@ -105,9 +106,15 @@ def exchange(
     return envelope, service.exchange(envelope)
 
 
-def parse(sent: bytes, data: bytes) -> pb.Description | pb.Update | pb.Refusal:
+def parse(sent: bytes, data: bytes) -> Any:
     reply = verify_reply(data, SITE.public_key(), site="a", instruction=instruction_digest(sent))
-    bodies = {pb.DESCRIPTION: pb.Description, pb.UPDATE: pb.Update, pb.REFUSAL: pb.Refusal}
+    bodies = {
+        pb.DESCRIPTION: pb.Description,
+        pb.UPDATE: pb.Update,
+        pb.CONFIRMATION: pb.Confirmation,
+        pb.UNMASKING: pb.Unmasking,
+        pb.REFUSAL: pb.Refusal,
+    }
     return bodies[reply.header.kind].FromString(reply.payload)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from typing import Any
 import grpc
 import pytest
 
+from certs.roster import ROSTER_FILE, SIGNATURE_FILE
 from certs.site import make_all
+from client.peers import name_key
 from demo.commands import LocalSite
 from demo.processes import LocalFederation, RunResult
 from fedqlora import protocol_pb2_grpc
@@ -23,6 +26,7 @@ from fedqlora.audit import AuditLog
 from fedqlora.config import RunConfig, validate
 from fedqlora.engine.base import base_digest
 from fedqlora.engine.service import Identity, Service, Worker
+from fedqlora.keys import load_signing_key
 from server.checkpoint import RunFolder
 from server.metrics import Metrics
 from tests.tiny_models import save_llama
@@ -148,10 +152,23 @@ def write_records(path: Path, site: str) -> None:
     (path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_policy(path: Path, digest: str, rank: int = 8) -> None:
+def write_policy(path: Path, digest: str, rank: int = 8, rest: str = "") -> None:
     path.write_text(
-        f'[models]\ndigests = ["{digest}"]\n[limits]\nrank = {rank}\nsteps = 5000\nrounds = 9\n'
+        f'[models]\ndigests = ["{digest}"]\n'
+        f"[limits]\nrank = {rank}\nsteps = 5000\nrounds = 9\n{rest}"
     )
+
+
+def pin_peers(certs: Path, sites: Sequence[str]) -> str:
+    """Give each site the signed roster; what their policies then say of each other."""
+    for name in (ROSTER_FILE, SIGNATURE_FILE):
+        for site in sites:
+            shutil.copy(certs / "coordinator" / name, certs / "sites" / site / "current" / name)
+    keys = {
+        site: load_signing_key(certs / "sites" / site / "current" / "signing.key") for site in sites
+    }
+    pins = [f'{site} = "{name_key(key.public_key())}"' for site, key in keys.items()]
+    return "\n".join(["[secure_aggregation]", "required = true", "[peers]", *pins, ""])
 
 
 @pytest.fixture(scope="session")
@@ -161,13 +178,22 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
 
 
 @contextmanager
-def running_hospitals(folder: Path) -> Iterator[Hospitals]:
-    """Two hospitals and an evaluator of a tiny model, with all that they need in `folder`."""
+def running_hospitals(
+    folder: Path, sites: Sequence[str] = SITES, *, masked: bool = False
+) -> Iterator[Hospitals]:
+    """Hospitals and an evaluator of a tiny model, with all that they need in `folder`.
+
+    Args:
+        folder: new.
+        sites: their names.
+        masked: whether their policies pin each other and require secure aggregation.
+    """
     digest = base_digest(save_llama(folder / "models" / "tiny-llama"))
-    make_all(folder / "certs", list(SITES))
-    for site in SITES:
+    make_all(folder / "certs", list(sites))
+    rest = pin_peers(folder / "certs", sites) if masked else ""
+    for site in sites:
         write_records(folder / "data" / site, site)
-        write_policy(folder / f"{site}.toml", digest)
+        write_policy(folder / f"{site}.toml", digest, rest=rest)
     write_records(folder / "held-out", "held-out")
     with LocalFederation(
         certs=folder / "certs",
@@ -175,7 +201,7 @@ def running_hospitals(folder: Path) -> Iterator[Hospitals]:
         runs=folder / "runs",
         sites=[
             LocalSite(name=site, data=folder / "data" / site, policy=folder / f"{site}.toml")
-            for site in SITES
+            for site in sites
         ],
         models=folder / "models",
         held_out=folder / "held-out",

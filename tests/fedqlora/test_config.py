@@ -269,9 +269,82 @@ def test_a_sample_has_one_size_that_is_enough(federation: dict[str, object], sai
         validate(RunConfig, {**GOOD, "federation": federation}, "run.toml")
 
 
+SECURE: dict[str, dict[str, object]] = {
+    **GOOD,
+    "secure_aggregation": {"enabled": True},
+    "aggregation": {"method": "ffa"},
+    "federation": {"min_sites": 3},
+}
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"aggregation": {}}, r'needs each by itself; set aggregation.method = "ffa"'),
+        (
+            {"aggregation": {"method": "ffa", "rule": "median"}},
+            r'compares single ones; .*rule = "mean"',
+        ),
+        (
+            {
+                "aggregation": {"method": "ffa", "canary": 0.1},
+                "evaluation": {"enabled": True},
+            },
+            r"could blame nobody",
+        ),
+        ({"training": {"control_variates": True}}, r"travel beside them in the clear"),
+        (
+            {"federation": {"min_sites": 3, "late_updates": "use"}},
+            r'in no sum; set federation.late_updates = "discard"',
+        ),
+        ({"codec": {"update": "topk"}}, r'topk sends other positions .*update = "bfloat16"'),
+        ({"codec": {"update": "int8"}}, r'another for each block .*update = "bfloat16"'),
+        ({"codec": {"update": "nf4"}}, r'another for each block .*update = "bfloat16"'),
+        ({"federation": {}}, r"tells each of two the other's update; .*at least 3"),
+        ({"federation": {"min_sites": 3, "expected_sites": 51}}, r"built for up to 50; lower"),
+        ({"federation": {"min_sites": 51}}, r"built for up to 50; lower"),
+        (
+            {
+                "training": {"steps": 5000, "batch_examples": 100},
+                "aggregation": {"method": "ffa", "weighting": "tokens"},
+            },
+            r'sums weights in 31 bits, .*weighting = "examples"',
+        ),
+    ],
+)
+def test_what_secure_aggregation_does_not_go_with_is_one_sentence(
+    sections: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"secure_aggregation .*{sentence}"):
+        validate(RunConfig, {**SECURE, **sections}, "run.toml")
+
+
+@pytest.mark.parametrize("method", ["fedavg", "ffa", "fedsvd", "rolora"])
+def test_secure_aggregation_goes_with_methods_that_take_a_mean(method: str) -> None:
+    for update in ("bfloat16", "float32"):
+        sections = {"aggregation": {"method": method}, "codec": {"update": update}}
+        assert validate(RunConfig, {**SECURE, **sections}, "t").secure_aggregation.enabled
+
+
+def test_mixed_ranks_do_not_go_with_secure_aggregation() -> None:
+    """Their method is refused first, so the row is asked by itself."""
+    mixed = {"lora": {"mixed_ranks": True}, "aggregation": {"method": "exact_svd"}}
+    run = validate(RunConfig, {**GOOD, **mixed}, "run.toml")
+    secure = run.secure_aggregation.model_copy(update={"enabled": True})
+    masked = run.model_copy(update={"secure_aggregation": secure})
+    sentences = [row.sentence for row in COMBINATIONS if row.is_asked_for(masked)]
+    assert any(one.endswith("set lora.mixed_ranks = false") for one in sentences)
+    assert not any(row.is_asked_for(run) for row in COMBINATIONS)
+
+
+def test_secure_aggregation_goes_with_privacy() -> None:
+    both = {**PRIVATE, "secure_aggregation": {"enabled": True}, "federation": {"min_sites": 3}}
+    assert validate(RunConfig, both, "run.toml").most_weight == 1
+
+
 def test_every_refused_combination_has_a_case_above() -> None:
     """A new row needs a test of its own: this one fails until it is counted."""
-    assert len(COMBINATIONS) == 23
+    assert len(COMBINATIONS) == 34
 
 
 def test_exact_svd_is_the_default_and_keeps_four_times_the_rank() -> None:

@@ -29,6 +29,7 @@ def light_modules() -> list[str]:
     files = [
         *(ROOT / "fedqlora").glob("*.py"),
         *(ROOT / "fedqlora" / "privacy").glob("*.py"),
+        *(ROOT / "fedqlora" / "secure").glob("*.py"),
         ROOT / "fedqlora" / "codec",
     ]
     return sorted(
