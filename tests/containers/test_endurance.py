@@ -87,8 +87,9 @@ def test_a_cluster_that_is_stopped_in_mid_training_continues_its_run(cluster: Cl
         assert not state["OOMKilled"], service
         assert state["ExitCode"] != 137, f"{service} had to be killed"
     cluster.make("up")
-    names = cluster.docker("exec", cluster.container("serverapp"), "ls", "-t", "/runs").split()
-    output = cluster.make("run", f"RESUME={names[0]}", seconds=1200)
+    newest = "ls -td /runs/*/ | head -n 1 | xargs basename"
+    name = cluster.docker("exec", cluster.container("serverapp"), "sh", "-c", newest).strip()
+    output = cluster.make("run", f"RESUME={name}", seconds=1200)
     folder = RunFolder(ROOT / "runs" / read_run_name(output))
     assert folder.status()["status"] == "finished"
     used = {(round_, site) for round_, site, outcome in outcomes(folder) if outcome == "used"}

@@ -121,7 +121,8 @@ def append_round() -> None:
     """A line in the running trainer's log, in place of a round that takes minutes."""
     program = """if 1:
         from pathlib import Path
-                from fedqlora.keys import load_signing_key
+        from fedqlora.audit import AuditLog
+        from fedqlora.keys import load_signing_key
         key = load_signing_key(Path("/keys/current/signing.key"))
         log = AuditLog(Path("/state/audit.jsonl"), key)
         log.append("trained", run="icd10", round=1, bytes_out=1234)"""
