@@ -14,7 +14,10 @@ import math
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from client.budget import Budget
 from client.control import Control
@@ -63,13 +66,13 @@ class Trainer:
         site: the site's name.
         data: file or folder of records, never written.
         models: folder of base models, never written.
+        state: folder of what the site keeps between rounds: what lossy encodings left out of its
+            updates, its control variate, its ledger, its part in secure aggregation, metrics for
+            its own monitoring.
         policy: the site's rules.
+        peers: the signing keys of the sites that the policy pins (client/peers.py).
+        key: the site's signing key.
         audit: the site's log; what cannot be logged is not done.
-        feedback: what lossy encodings left out of the site's updates.
-        control: the site's own control variate, where a run has them.
-        textfile: metrics for the hospital's own monitoring.
-        budget: the privacy that the site's patients have spent and may spend.
-        masking: the site's part in secure aggregation.
         warm: where the base model stays loaded.
     """
 
@@ -79,13 +82,11 @@ class Trainer:
         site: str,
         data: Path,
         models: Path,
+        state: Path,
         policy: Policy,
+        peers: Mapping[str, Ed25519PublicKey],
+        key: Ed25519PrivateKey,
         audit: AuditLog,
-        feedback: Feedback,
-        control: Control,
-        textfile: Textfile,
-        budget: Budget,
-        masking: Masking,
         warm: WarmModel,
     ) -> None:
         self._site = site
@@ -93,12 +94,12 @@ class Trainer:
         self._models = models
         self._policy = policy
         self._audit = audit
-        self._feedback = feedback
-        self._control = control
-        self._textfile = textfile
-        self._budget = budget
-        self._masking = masking
         self._warm = warm
+        self._feedback = Feedback(state / "feedback")
+        self._control = Control(state / "control")
+        self._textfile = Textfile(state / "metrics.prom", audit)
+        self._budget = Budget(site, state, policy, key)
+        self._masking = Masking(site, state / "secagg", policy, peers, key)
 
     def perform(self, header: pb.Header, config: RunConfig, body: Instruction) -> Answer:
         """Carry out one verified instruction; see engine/service.py.
@@ -419,13 +420,11 @@ def main(arguments: list[str] | None = None) -> int:
             site=options.site,
             data=options.data,
             models=options.models,
+            state=options.state,
             policy=policy,
+            peers=peers,
+            key=identity.key,
             audit=audit,
-            feedback=Feedback(options.state / "feedback"),
-            control=Control(options.state / "control"),
-            textfile=Textfile(options.state / "metrics.prom", audit),
-            budget=Budget(options.site, options.state, policy, identity.key),
-            masking=Masking(options.site, options.state / "secagg", policy, peers, identity.key),
             warm=WarmModel(*open_devices(options)),
         )
         audit.append("started", release=VERSION)

@@ -25,13 +25,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from client.app import reply_with, unwrap
-from client.budget import Budget
-from client.control import Control
-from client.feedback import Feedback
-from client.masking import Masking
 from client.peers import load_peers
 from client.policy import load_policy
-from client.textfile import Textfile
 from client.trainer import Trainer
 from demo.devices import Device
 from demo.earlier import SITES
@@ -220,19 +215,11 @@ def answer(site: SimulatedSite, models: Path, envelope: bytes) -> bytes:
         site=site.name,
         data=site.data,
         models=models,
+        state=site.state,
         policy=policy,
+        peers=load_peers(policy, site.keys, site.name),
+        key=identity.key,
         audit=audit,
-        feedback=Feedback(site.state / "feedback"),
-        control=Control(site.state / "control"),
-        textfile=Textfile(site.state / "metrics.prom", audit),
-        budget=Budget(site.name, site.state, policy, identity.key),
-        masking=Masking(
-            site.name,
-            site.state / "secagg",
-            policy,
-            load_peers(policy, site.keys, site.name),
-            identity.key,
-        ),
         warm=_warm_model(),
     )
     return Service(identity, site.state / "window", trainer, audit=audit).exchange(envelope)

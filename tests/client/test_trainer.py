@@ -13,12 +13,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from client.budget import Budget
-from client.control import Control
-from client.feedback import Feedback
-from client.masking import Masking
 from client.policy import Limits, Metrics, Models, Policy
-from client.textfile import Textfile
 from client.trainer import Trainer
 from fedqlora import protocol_pb2 as pb
 from fedqlora.adapter import AdapterSpec, check_update, initial_adapter, rank_of
@@ -52,14 +47,12 @@ class Site:
             site="a",
             data=self.folder / "records.jsonl",
             models=self.folder / "models",
+            state=self.folder,
             policy=self.policy,
+            peers=self.peers,
+            key=SITE,
             audit=audit,
-            feedback=Feedback(self.folder / "feedback"),
-            control=Control(self.folder / "control"),
-            textfile=Textfile(self.folder / "metrics.prom", audit),
             warm=WarmModel(),
-            budget=Budget("a", self.folder, self.policy, SITE),
-            masking=Masking("a", self.folder / "secagg", self.policy, self.peers, SITE),
         )
         identity = Identity(name="a", key=SITE, coordinator=COORDINATOR.public_key())
         return Service(identity, self.folder / "window", trainer, audit=audit)

@@ -184,7 +184,10 @@ def test_enrolling_registers_every_site_of_the_roster_once(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["run", "--experiment", "none"], "none.toml does not exist; experiments there: icd10"),
+        (
+            ["run", "--experiment", "none"],
+            "none.toml does not exist; experiments there: education",
+        ),
         (["run", "--experiment", "icd10", "--set", "rounds=2"], "rounds is not a known key"),
         (["run", "--experiment", "icd10", "--set", "seed=one"], "is not KEY=VALUE"),
         (["run", "--experiment", "icd10", "--app", "tests"], "app in tests cannot be packed"),

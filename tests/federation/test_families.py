@@ -8,11 +8,7 @@ from pathlib import Path
 import pytest
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.budget import Budget
-from client.control import Control
-from client.feedback import Feedback
 from client.policy import Models, Policy
-from client.textfile import Textfile
 from client.trainer import Trainer
 from fedqlora.adapter import Adapter, initial_adapter, rank_of
 from fedqlora.audit import AuditLog
@@ -69,12 +65,11 @@ def make_trainer(folder: Path, site: str, model_type: str, warm: WarmModel) -> T
         site=site,
         data=folder / "data" / site,
         models=folder / "models",
+        state=folder / site,
         policy=policy,
+        peers={},
+        key=site_key(site),
         audit=audit,
-        feedback=Feedback(folder / site / "feedback"),
-        control=Control(folder / site / "control"),
-        textfile=Textfile(folder / site / "metrics.prom", audit),
-        budget=Budget(site, folder / site, policy, site_key(site)),
         warm=warm,
     )
 
