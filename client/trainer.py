@@ -39,11 +39,12 @@ from fedqlora.engine.data import Tokenized
 from fedqlora.engine.device import add_device_options, open_devices
 from fedqlora.engine.dp import Unit, check_exactness, group_units, train_privately
 from fedqlora.engine.model import BaseModel
+from fedqlora.engine.penalty import Penalty
 from fedqlora.engine.service import Identity, Service, serve
 from fedqlora.engine.train import mean_loss, train
 from fedqlora.engine.warm import WarmModel
 from fedqlora.envelope import Answer, Instruction
-from fedqlora.errors import AuditError, FedqloraError, PolicyRefusal
+from fedqlora.errors import AuditError, FedqloraError, PolicyRefusal, UpdateError
 from fedqlora.halves import select_trained
 from fedqlora.head import Head, head_facts
 from fedqlora.secure.keys import Group
@@ -198,6 +199,8 @@ class Trainer:
             residual=residual,
             trained=trained,
             correction=correction,
+            penalty=_penalty(base, config, body),
+            orthogonal=config.continual.orthogonal,
         )
         figures = {
             "examples": float(result.examples),
@@ -370,6 +373,21 @@ def _content(update: pb.Update) -> bytes:
 def _company(group: Group | None) -> dict[str, str]:
     """With whom an update was masked."""
     return {} if group is None else {"masked_with": ",".join(group.sites)}
+
+
+def _penalty(base: BaseModel, config: RunConfig, body: pb.Train) -> Penalty | None:
+    """What the products are held to, where the run asks for it.
+
+    Raises:
+        UpdateError: what was sent is not of this base and this run.
+    """
+    if config.continual.penalty == 0:
+        return None
+    if not body.HasField("anchor"):
+        raise UpdateError("the instruction has no anchor for continual.penalty; send one")
+    anchor = decode(body.anchor)
+    check_residual(anchor, base.spec(), config.lora.rank + config.residual_rank)
+    return Penalty(weight=config.continual.penalty, scale=config.lora.scale, anchor=anchor)
 
 
 def _describe(base: BaseModel, digest: str, rank: int) -> pb.Description:

@@ -232,5 +232,86 @@ COMBINATIONS = (
         "secure_aggregation sums weights in 31 bits, and this many steps, examples and tokens of "
         'fifty sites do not fit; set aggregation.weighting = "examples" or lower training.steps',
     ),
+    Combination(
+        lambda run: (
+            not run.continual.earlier
+            and (
+                run.continual.replay_fraction > 0
+                or run.continual.penalty > 0
+                or run.continual.orthogonal
+                or run.continual.max_forgetting is not None
+            )
+        ),
+        "continual.replay_fraction, penalty, orthogonal and max_forgetting are about earlier "
+        "tasks, and this run continues none; start it by `make continue FROM=runs/...`, or leave "
+        "them out",
+    ),
+    Combination(
+        lambda run: run.task in run.continual.earlier,
+        "continual.task names a task that was learned before, so its scores could not be told "
+        "apart; give it another name",
+    ),
+    Combination(
+        lambda run: run.continual.orthogonal and run.aggregation.method not in ("ffa", "fedavg"),
+        "continual.orthogonal keeps the rows of A apart from earlier ones, and this "
+        'aggregation.method makes or trains A anew; set aggregation.method = "ffa", which is '
+        'exact, or "fedavg"',
+    ),
+    Combination(
+        lambda run: (
+            run.continual.orthogonal
+            and run.aggregation.method == "fedavg"
+            and (
+                run.aggregation.rule in ("median", "trimmed_mean")
+                or run.server_optimizer.name in ("adam", "yogi")
+            )
+        ),
+        "continual.orthogonal holds for sums of A, and this aggregation.rule or "
+        "server_optimizer.name changes single values of it; set aggregation.method = "
+        '"ffa" or aggregation.rule = "mean"',
+    ),
+    Combination(
+        lambda run: run.continual.orthogonal and run.continual.penalty > 0,
+        "continual.orthogonal freezes what continual.penalty would hold in place, so the penalty "
+        "would only shrink the new task; leave one of them out",
+    ),
+    Combination(
+        lambda run: (
+            run.privacy.unit != "none"
+            and (
+                run.continual.penalty > 0
+                or run.continual.orthogonal
+                or run.continual.frozen_rank > 0
+            )
+        ),
+        "privacy.unit takes clipped, noised steps of one adapter only, without continual.penalty, "
+        "continual.orthogonal or a frozen adapter beside it; set continual.replay_fraction "
+        "instead, which the ledger is charged for",
+    ),
+    Combination(
+        lambda run: (
+            run.lora.dora
+            and (
+                run.continual.penalty > 0
+                or run.continual.orthogonal
+                or run.continual.frozen_rank > 0
+            )
+        ),
+        "lora.dora is not linear in B A, so that no product holds or freezes an earlier task; set "
+        "lora.dora = false or keep it by continual.replay_fraction",
+    ),
+    Combination(
+        lambda run: (
+            (run.continual.max_forgetting is not None or run.continual.max_general_loss is not None)
+            and not run.evaluation.enabled
+        ),
+        "continual.max_forgetting and max_general_loss compare held-out scores, which nobody "
+        "computes; set evaluation.enabled = true or leave them out",
+    ),
+    Combination(
+        lambda run: run.continual.max_general_loss is not None and not run.evaluation.probe,
+        "continual.max_general_loss needs the plain questions; set evaluation.probe = true or "
+        "leave it out",
+    ),
 )
 """All combinations that a run's configuration refuses; a test has one case for each."""

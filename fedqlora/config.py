@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from fedqlora.aggregation_config import AggregationConfig
 from fedqlora.combinations import COMBINATIONS
+from fedqlora.continual_config import ContinualConfig
 from fedqlora.errors import ConfigError
 from fedqlora.section import Section
 from fedqlora.server_optimizer_config import ServerOptimizerConfig
@@ -208,6 +209,8 @@ class EvaluationConfig(Section):
     """Evaluate after every so many rounds, and always after the last."""
     max_examples: int | None = Field(default=None, ge=1)
     """Score at most so many examples of each held-out file (the first, in file order)."""
+    probe: bool = False
+    """Also score plain questions that no task is about, as `general` (engine/probe.py)."""
 
 
 class RunConfig(Section):
@@ -228,6 +231,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     secure_aggregation: SecureAggregationConfig = SecureAggregationConfig()
+    continual: ContinualConfig = ContinualConfig()
 
     @model_validator(mode="after")
     def _private(self) -> RunConfig:
@@ -266,10 +270,15 @@ class RunConfig(Section):
         return {"examples": examples, "tokens": tokens, "uniform": 1}[self.aggregation.weighting]
 
     @property
+    def task(self) -> str:
+        """Name of what this run learns."""
+        return self.continual.task or self.name
+
+    @property
     def residual_rank(self) -> int:
-        """Largest rank of the residual adapter; 0 where the method keeps none."""
+        """Largest rank of the residual adapter; 0 where there is none."""
         if self.aggregation.method != "exact_svd":
-            return 0
+            return self.continual.frozen_rank
         given = self.aggregation.residual_rank
         return 4 * self.lora.rank if given is None else given
 

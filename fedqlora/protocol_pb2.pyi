@@ -98,7 +98,7 @@ class Describe(_message.Message):
     def __init__(self, config: _Optional[str] = ..., ledger_heads: _Optional[_Mapping[str, str]] = ..., next_round: _Optional[int] = ...) -> None: ...
 
 class Train(_message.Message):
-    __slots__ = ("config", "adapter", "residual", "control", "ledger_heads", "round_keys")
+    __slots__ = ("config", "adapter", "residual", "control", "anchor", "ledger_heads", "round_keys")
     class LedgerHeadsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -110,15 +110,17 @@ class Train(_message.Message):
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     RESIDUAL_FIELD_NUMBER: _ClassVar[int]
     CONTROL_FIELD_NUMBER: _ClassVar[int]
+    ANCHOR_FIELD_NUMBER: _ClassVar[int]
     LEDGER_HEADS_FIELD_NUMBER: _ClassVar[int]
     ROUND_KEYS_FIELD_NUMBER: _ClassVar[int]
     config: str
     adapter: Tensors
     residual: Tensors
     control: Tensors
+    anchor: Tensors
     ledger_heads: _containers.ScalarMap[str, str]
     round_keys: _containers.RepeatedCompositeFieldContainer[RoundKey]
-    def __init__(self, config: _Optional[str] = ..., adapter: _Optional[_Union[Tensors, _Mapping]] = ..., residual: _Optional[_Union[Tensors, _Mapping]] = ..., control: _Optional[_Union[Tensors, _Mapping]] = ..., ledger_heads: _Optional[_Mapping[str, str]] = ..., round_keys: _Optional[_Iterable[_Union[RoundKey, _Mapping]]] = ...) -> None: ...
+    def __init__(self, config: _Optional[str] = ..., adapter: _Optional[_Union[Tensors, _Mapping]] = ..., residual: _Optional[_Union[Tensors, _Mapping]] = ..., control: _Optional[_Union[Tensors, _Mapping]] = ..., anchor: _Optional[_Union[Tensors, _Mapping]] = ..., ledger_heads: _Optional[_Mapping[str, str]] = ..., round_keys: _Optional[_Iterable[_Union[RoundKey, _Mapping]]] = ...) -> None: ...
 
 class Evaluate(_message.Message):
     __slots__ = ("config", "adapter", "residual")

@@ -197,6 +197,10 @@ class BaseModel:
         """
         return {name: value.copy() for name, value in self._given.items()}
 
+    def tensors(self) -> dict[str, torch.nn.Parameter]:
+        """All of the adapter's parameters, by PEFT's names, in sorted order."""
+        return dict(self._tensors)
+
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The adapter's parameters that train now, by PEFT's names, in sorted order."""
         return {name: p for name, p in self._tensors.items() if p.requires_grad}

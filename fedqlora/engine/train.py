@@ -28,6 +28,8 @@ from fedqlora.engine.drift import Drift
 from fedqlora.engine.gradients import check_gradients
 from fedqlora.engine.loss import plan_batches, sum_losses
 from fedqlora.engine.model import BaseModel
+from fedqlora.engine.orthogonal import Orthogonal
+from fedqlora.engine.penalty import Penalty, ProductPenalty
 from fedqlora.errors import DataError, ModelError
 
 logger = logging.getLogger("fedqlora")
@@ -67,6 +69,8 @@ def train(
     residual: Adapter | None = None,
     trained: Collection[str] | None = None,
     correction: Adapter | None = None,
+    penalty: Penalty | None = None,
+    orthogonal: bool = False,
 ) -> Trained:
     """Train one round; the same inputs give the same delta, to the bit on a CPU.
 
@@ -82,6 +86,8 @@ def train(
         residual: what lies frozen beside the adapter; None for nothing.
         trained: names of the tensors that train; None for all.
         correction: what SCAFFOLD adds to each step's gradient; None for nothing.
+        penalty: what the products are held to; None for nothing.
+        orthogonal: whether A stays orthogonal to the residual's.
 
     Raises:
         DataError: no example has a completion token to learn.
@@ -97,6 +103,8 @@ def train(
     parameters = base.trainable()
     optimizer = make_optimizer(list(parameters.values()), config, base.device)
     drift = Drift(parameters, config.proximal, correction)
+    held = ProductPenalty(penalty, base.tensors(), residual or {}) if penalty else None
+    apart = Orthogonal(parameters, residual or {}) if orthogonal else None
     draw = _draw_examples(len(usable), _derive_seed(seed, site, round_, "order"))
     loss = 0.0
     tokens = 0
@@ -111,8 +119,12 @@ def train(
             if step == 0:
                 check_gradients({name: p.grad for name, p in parameters.items()})
             drift.correct()
+            if held is not None:
+                held.add_gradients()
             rate = learning_rate(config, (round_ - 1) * config.steps + step, rounds * config.steps)
             _update(parameters, optimizer, rate, config.max_grad_norm, step)
+            if apart is not None:
+                apart.project()
             loss += step_loss
             tokens += count
             bar.set_postfix(loss=f"{step_loss / count:.3f}")
