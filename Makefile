@@ -70,6 +70,13 @@ simulate: install ## many sites on Flower's simulation engine (EXPERIMENT=tiny S
 		--sites $(or $(own_sites),20) $(if $(filter command environment,$(firstword $(origin ROUNDS))),--rounds $(ROUNDS)) \
 		$(if $(DEVICES),--devices $(DEVICES)) $(if $(WORKERS),--workers $(WORKERS))
 
+FROM ?=
+.PHONY: continue
+continue: install ## a further task on a finished run (FROM=runs/... EXPERIMENT=icd10-new-wards SET="continual.penalty=0.1")
+	@test -n "$(FROM)" || { echo "FROM is missing: make continue FROM=runs/... EXPERIMENT=icd10-new-wards"; exit 2; }
+	@exec $(BIN)/python -m demo continue $(FROM) --experiment $(EXPERIMENT) $(if $(compared_rounds),--rounds $(compared_rounds)) \
+		$(foreach one,$(own_method) $(SET),--set '$(one)')
+
 .PHONY: resume
 resume: install ## continue a run that was cut off (RUN=runs/...)
 	$(needs_run)
@@ -236,9 +243,9 @@ logs: ## what the cluster says (SITE=2 for one site)
 	$(cluster) logs $$services
 
 .PHONY: run
-run: ## start a run in the cluster, follow it, save it in runs/ (EXPERIMENT=icd10 ROUNDS=4 AGGREGATION=... SET="key=value ..." or RESUME=name)
+run: ## start a run in the cluster, follow it, save it in runs/ (EXPERIMENT=icd10 ROUNDS=4 AGGREGATION=... SET="key=value ..." FROM=name to continue it, or RESUME=name)
 	@mkdir -p runs $(rendered)
-	@$(admin) $(if $(RESUME),resume $(RESUME),run --experiment $(EXPERIMENT) $(foreach one,$(own_rounds) $(own_method) $(SET),--set '$(one)')) \
+	@$(admin) $(if $(RESUME),resume $(RESUME),$(if $(FROM),continue $(FROM),run) --experiment $(EXPERIMENT) $(foreach one,$(own_rounds) $(own_method) $(SET),--set '$(one)')) \
 		| tee -i $(rendered)/run.log; status=$${PIPESTATUS[0]}; \
 	name=$$(sed -n 's/^run: //p' $(rendered)/run.log | tail -n 1); \
 	if [ -n "$$name" ]; then $(cluster) cp serverapp:/runs/$$name runs/ && echo "saved: runs/$$name"; fi; exit $$status

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from certs.files import CertificateError
 from demo.devices import SAME, Devices, assign, load_devices
@@ -22,6 +23,7 @@ from server import submit
 from server.bundle import REPOSITORY, pack
 from server.checkpoint import RunFolder
 from server.comparison import compare_runs
+from server.continuation import continue_from
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,6 +53,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     resume = commands.add_parser("resume", help="continue a run that was cut off")
     resume.add_argument("run", type=Path, help="its run folder")
+    further = commands.add_parser("continue", help="a further task on a finished run")
+    further.add_argument("run", type=Path, help="the finished run's folder")
+    further.add_argument("--experiment", required=True, help="the task, as for run")
+    further.add_argument("--rounds", type=int, help="default: the experiment's")
+    further.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="KEY=VALUE",
+        help="overrides the TOML file, such as continual.replay_fraction=0.1; can be given again",
+    )
     compare = commands.add_parser("compare", help="several experiments, one after the other")
     compare.add_argument("--experiments", required=True, help='their names, such as "icd10-*"')
     compare.add_argument(
@@ -65,6 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
             _run(options)
         elif options.command == "simulate":
             _simulate(options)
+        elif options.command == "continue":
+            _continue(options)
         elif options.command == "compare":
             _compare(options)
         else:
@@ -126,6 +142,55 @@ def _simulate(options: argparse.Namespace) -> None:
     _run_simulation(folder, hospitals, devices, options.workers)
 
 
+def _continue(options: argparse.Namespace) -> None:
+    """A further task, with the sites and machines of the finished run."""
+    earlier = RunFolder(options.run.resolve())
+    demo = earlier.read_json("demo.json")
+    overrides: dict[str, object] = {
+        "federation.expected_sites": demo["sites"],
+        "evaluation.enabled": True,
+    }
+    if options.rounds is not None:
+        if options.rounds < 1:
+            raise ConfigError(
+                f"ROUNDS={options.rounds} is not a number of rounds; choose 1 or more"
+            )
+        overrides |= {
+            "federation.rounds": options.rounds,
+            "evaluation.every_rounds": options.rounds,
+        }
+    overrides |= submit.parse_settings(options.settings)
+    experiment = submit.find_experiment(options.experiment, REPOSITORY / "experiments")
+    further = continue_from(
+        earlier,
+        lambda chain: submit.configure(experiment, {**overrides, **chain}, int(demo["sites"])),
+    )
+    hospitals = _hospitals(further.config, demo, options.home.resolve())
+    hospitals.prepare()
+    further.check_base(hospitals.digest())
+    skew = hospitals.skew()
+    folder = further.create(earlier.path.parent)
+    _describe_folder(folder, skew, {**demo, "baselines": False})
+    _go_on(folder, hospitals, demo)
+
+
+def _hospitals(config: RunConfig, demo: Mapping[str, Any], home: Path) -> Hospitals:
+    """The parties of a run by its demo.json; one of an earlier release has no partition there."""
+    partition = demo.get("partition", "dirichlet")
+    return Hospitals(config, int(demo["sites"]), home, partition, simulated="devices" in demo)
+
+
+def _go_on(folder: RunFolder, hospitals: Hospitals, demo: Mapping[str, Any]) -> None:
+    """Run or resume a run folder as its demo.json says, and report."""
+    if "devices" in demo:
+        devices = validate(Devices, demo["devices"], str(folder.path / "demo.json"))
+        _run_simulation(folder, hospitals, devices, int(demo["workers"]))
+        return
+    if not folder.is_finished:
+        _federate(folder, folder.config(), hospitals)
+    _report(folder, hospitals, bool(folder.read_json("demo.json")["baselines"]))
+
+
 def _run_simulation(
     folder: RunFolder, hospitals: Hospitals, devices: Devices, workers: int
 ) -> None:
@@ -161,9 +226,16 @@ def _create(
     """A new run folder that knows who holds what: only a demo's centre can."""
     skew = hospitals.skew()
     folder = RunFolder.create(runs, config)
-    folder.write_json("demo.json", {"sites": len(hospitals.names), **facts})
-    folder.write_json("skew.json", skew)
+    _describe_folder(folder, skew, facts)
     return folder
+
+
+def _describe_folder(
+    folder: RunFolder, skew: Mapping[str, Mapping[str, int]], facts: Mapping[str, object]
+) -> None:
+    """Write down what a demo knows of a run."""
+    folder.write_json("demo.json", {"sites": len(skew), **facts})
+    folder.write_json("skew.json", skew)
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -193,19 +265,9 @@ def _compare(options: argparse.Namespace) -> None:
 def _resume(folder: RunFolder, home: Path) -> None:
     """Start the same federation again; the ServerApp continues from the newest checkpoint."""
     demo = folder.read_json("demo.json")
-    config = folder.config()
-    if "devices" in demo:
-        simulated = Hospitals(config, int(demo["sites"]), home, simulated=True)
-        simulated.prepare()
-        devices = validate(Devices, demo["devices"], str(folder.path / "demo.json"))
-        _run_simulation(folder, simulated, devices, int(demo["workers"]))
-        return
-    # A run of an earlier release has no partition in its file.
-    hospitals = Hospitals(config, int(demo["sites"]), home, demo.get("partition", "dirichlet"))
+    hospitals = _hospitals(folder.config(), demo, home)
     hospitals.prepare()
-    if not folder.is_finished:
-        _federate(folder, config, hospitals)
-    _report(folder, hospitals, bool(demo["baselines"]))
+    _go_on(folder, hospitals, demo)
 
 
 def _federate(folder: RunFolder, config: RunConfig, hospitals: Hospitals) -> None:

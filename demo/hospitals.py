@@ -1,7 +1,8 @@
 """The demo's hospitals: their certificates, records, policies and the shared base model.
 
 An experiment that is a story (demo/stories.py) has the story's records, and a base model from the
-hub; every other has the ICD-10 texts and a base model of the demo's.
+hub; one that names a task has that task's ICD-10 texts (demo/wards.py); every other has all ICD-10
+texts. Without a story the base model is one of the demo's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from demo.picture import draw
 from demo.policy import render_policy
 from demo.stories import STORIES, make_story
 from demo.stories import describe as describe_story
+from demo.wards import check_task, make_wards
 from fedqlora.config import RunConfig
 from fedqlora.engine.base import base_digest
 from fedqlora.errors import ConfigError
@@ -63,7 +65,13 @@ class Hospitals:
         self._base = config.model.base
         self.models = home / ".cache" / "models"
         kind = "icd10" if self._story is None else config.name
-        self.data = home / ".cache" / kind / f"{count}-sites-seed-{config.seed}-{partition}"
+        self._task = config.continual.task if self._story is None else None
+        self._earlier = config.continual.earlier
+        if self._task is not None:
+            check_task(self._task)
+        chain = "".join(f"{name}-after-" for name in (self._task, *reversed(self._earlier)) if name)
+        dealt = f"{chain.removesuffix('after-')}{count}-sites-seed-{config.seed}-{partition}"
+        self.data = home / ".cache" / kind / dealt
         self._seed = config.seed
         self._partition = partition
         self._masked = config.secure_aggregation.enabled
@@ -121,7 +129,12 @@ class Hospitals:
         if self._story is not None:
             dealt = make_story(self._story, self.data, count, self._seed, self._partition)
             return describe_story(dealt, self._story.label)
-        dealt = make_data(self.data, count, self._seed, self._partition)
+        if self._task is None:
+            dealt = make_data(self.data, count, self._seed, self._partition)
+        else:
+            dealt = make_wards(
+                self.data, count, self._seed, self._task, self._earlier, self._partition
+            )
         picture = self.data / "deal.svg"
         draw(dealt, picture)
         return f"{describe(dealt)}\npicture: {picture}"

@@ -1,6 +1,7 @@
 """Layout: the folder of records that were dealt to sites, with a held-out set of all.
 
 <out>/<site>/records.jsonl    what that site trains on
+<out>/<site>/earlier/         what it may train on again, where it has learned other tasks before
 <out>/held-out/<name>.jsonl   what no site has
 <out>/held-out/choices.json   the options of each field that is scored
 """
@@ -14,6 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from demo.partition import Row
 from fedqlora.errors import DataError
@@ -24,6 +26,7 @@ def write_layout(
     sites: Mapping[str, Sequence[Row]],
     held_out: Mapping[str, Sequence[Row]],
     choices: Mapping[str, Sequence[str]],
+    earlier: Mapping[str, Mapping[str, Sequence[Row]]] = MappingProxyType({}),
 ) -> None:
     """Write the folder whole, or leave what was there.
 
@@ -32,6 +35,7 @@ def write_layout(
         sites: each site's rows by its name.
         held_out: rows by the name of their file.
         choices: options by field.
+        earlier: each site's rows of earlier tasks, by the name of their file.
 
     Raises:
         DataError: the folder cannot be written.
@@ -42,6 +46,9 @@ def write_layout(
         try:
             for name, rows in sites.items():
                 _write_rows(building / name / "records.jsonl", rows)
+            for name, files in earlier.items():
+                for task, rows in files.items():
+                    _write_rows(building / name / "earlier" / f"{task}.jsonl", rows)
             for name, rows in held_out.items():
                 _write_rows(building / "held-out" / f"{name}.jsonl", rows)
             text = json.dumps(choices)

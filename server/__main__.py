@@ -42,16 +42,22 @@ def build_parser() -> argparse.ArgumentParser:
     evict.add_argument("site", help="its name in the roster")
     run = commands_.add_parser("run", help="start a run, follow it, print its result")
     run.set_defaults(command=commands.run)
-    run.add_argument("--experiment", required=True, help="a name in EXPERIMENTS, or a TOML file")
-    run.add_argument("--experiments", type=Path, default=REPOSITORY / "experiments")
-    run.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="settings",
-        metavar="KEY=VALUE",
-        help="overrides the TOML file, such as federation.rounds=2; can be given again",
-    )
+    further = commands_.add_parser("continue", help="start a further task on a finished run")
+    further.set_defaults(command=commands.further)
+    further.add_argument("run", help="the finished run folder's name")
+    for command in (run, further):
+        command.add_argument(
+            "--experiment", required=True, help="a name in EXPERIMENTS, or a TOML file"
+        )
+        command.add_argument("--experiments", type=Path, default=REPOSITORY / "experiments")
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            dest="settings",
+            metavar="KEY=VALUE",
+            help="overrides the TOML file, such as federation.rounds=2; can be given again",
+        )
     resume = commands_.add_parser("resume", help="continue a run that has not finished")
     resume.set_defaults(command=commands.resume)
     resume.add_argument("run", help="its run folder's name")
@@ -63,19 +69,19 @@ def build_parser() -> argparse.ArgumentParser:
     metrics = commands_.add_parser("metrics", help="serve Prometheus metrics of all runs")
     metrics.set_defaults(command=commands.serve_run_metrics)
     metrics.add_argument("--listen", default="127.0.0.1:9465", help="HOST:PORT; it has no login")
-    for command in (enrol, evict, run, resume, status):
+    for command in (enrol, evict, run, further, resume, status):
         _add(command, "--control", help="HOST:PORT of the SuperLink's Control API")
         _add(command, "--root-certificates", Path, help="authority of the SuperLink's certificate")
         command.add_argument(
             "--wait-seconds", type=float, default=60.0, help="how long the SuperLink may take"
         )
-    for command in (enrol, run, forget):
+    for command in (enrol, run, further, forget):
         _add(command, "--coordinator", Path, help="folder with signing.key and the signed roster")
-    for command in (run, resume, status, forget, metrics):
+    for command in (run, further, resume, status, forget, metrics):
         _add(command, "--runs", Path, help="folder of run folders")
     digest = commands_.add_parser("digest", help="digest of the app that `run` ships to sites")
     digest.set_defaults(command=commands.digest)
-    for command in (run, resume, digest):
+    for command in (run, further, resume, digest):
         command.add_argument("--app", type=Path, default=REPOSITORY, help="holds pyproject.toml")
 
     report = commands_.add_parser("report", help="one HTML page of a run")

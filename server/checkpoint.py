@@ -203,25 +203,15 @@ class RunFolder:
             CheckpointError: that checkpoint cannot be read.
         """
         finished = sorted((self.path / "rounds").glob("[0-9][0-9][0-9][0-9]"))
-        if not finished:
-            return None
-        try:
-            adapter = safetensors.numpy.load_file(finished[-1] / "adapter.safetensors")
-            residual = safetensors.numpy.load_file(finished[-1] / "residual.safetensors")
-            memory = safetensors.numpy.load_file(finished[-1] / "memory.safetensors")
-            state = json.loads((finished[-1] / "state.json").read_text())
-            return Checkpoint(
-                round=state["round"],
-                adapter=adapter,
-                residual=residual,
-                memory=memory,
-                origin=Origin(**state["origin"]),
-                issued=state["issued"],
-            )
-        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
-            raise CheckpointError(
-                f"{finished[-1]} is damaged; remove that folder to resume from the round before"
-            ) from None
+        return _read(finished[-1]) if finished else None
+
+    def start(self) -> Checkpoint:
+        """The checkpoint before the first round.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        return _read(self._round(0))
 
     def _round(self, number: int) -> Path:
         return self.path / "rounds" / f"{number:04d}"
@@ -239,6 +229,27 @@ class RunFolder:
         if not isinstance(content, dict):
             raise CheckpointError(f"{self.path / name} cannot be read; restore it from a backup")
         return content
+
+
+def _read(path: Path) -> Checkpoint:
+    """One round's checkpoint."""
+    try:
+        adapter = safetensors.numpy.load_file(path / "adapter.safetensors")
+        residual = safetensors.numpy.load_file(path / "residual.safetensors")
+        memory = safetensors.numpy.load_file(path / "memory.safetensors")
+        state = json.loads((path / "state.json").read_text())
+        return Checkpoint(
+            round=state["round"],
+            adapter=adapter,
+            residual=residual,
+            memory=memory,
+            origin=Origin(**state["origin"]),
+            issued=state["issued"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
+        raise CheckpointError(
+            f"{path} is damaged; remove that folder to resume from the round before"
+        ) from None
 
 
 def _unwritable(path: Path, error: OSError) -> CheckpointError:

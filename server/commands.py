@@ -6,6 +6,7 @@ import argparse
 import shutil
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from fedqlora.address import check_port_is_free, split_address
@@ -15,6 +16,7 @@ from server.bundle import pack
 from server.centre_log import CentreLog
 from server.checkpoint import RunFolder
 from server.comparison import compare_runs
+from server.continuation import continue_from
 from server.control import ControlClient
 from server.enrolment import enrol_all, evict_site
 from server.exporter import serve_metrics
@@ -62,17 +64,19 @@ def run(options: argparse.Namespace) -> None:
     settings = submit.parse_settings(options.settings)
     _, roster = load_roster(options.coordinator)
     config = submit.configure(experiment, settings, len(roster.sites))
-    bundle = pack(options.app)
-    with _connect(options) as control:
-        control.wait(options.wait_seconds)
-    folder = RunFolder.create(options.runs, config)
-    try:
-        with _connect(options) as control:
-            run_id = control.start_run(bundle, {"run": folder.name})
-    except FedqloraError:
-        shutil.rmtree(folder.path)
-        raise
-    _follow(folder, run_id, options)
+    _begin(lambda: RunFolder.create(options.runs, config), options)
+
+
+def further(options: argparse.Namespace) -> None:
+    """Start a further task on a finished run, show its progress, print and keep its result."""
+    experiment = submit.find_experiment(options.experiment, options.experiments)
+    settings = submit.parse_settings(options.settings)
+    _, roster = load_roster(options.coordinator)
+    continuation = continue_from(
+        RunFolder(options.runs / Path(options.run).name),
+        lambda chain: submit.configure(experiment, {**settings, **chain}, len(roster.sites)),
+    )
+    _begin(lambda: continuation.create(options.runs), options)
 
 
 def resume(options: argparse.Namespace) -> None:
@@ -141,6 +145,21 @@ def ask(options: argparse.Namespace) -> None:
 
 def _connect(options: argparse.Namespace) -> ControlClient:
     return ControlClient(options.control, options.root_certificates)
+
+
+def _begin(create: Callable[[], RunFolder], options: argparse.Namespace) -> None:
+    """Start a run of a new folder; nothing is left of it where the SuperLink refuses."""
+    bundle = pack(options.app)
+    with _connect(options) as control:
+        control.wait(options.wait_seconds)
+    folder = create()
+    try:
+        with _connect(options) as control:
+            run_id = control.start_run(bundle, {"run": folder.name})
+    except FedqloraError:
+        shutil.rmtree(folder.path)
+        raise
+    _follow(folder, run_id, options)
 
 
 def _follow(folder: RunFolder, run_id: int, options: argparse.Namespace) -> None:

@@ -17,10 +17,11 @@ from fedqlora.config import RunConfig
 from fedqlora.engine.base import resolve_base
 from fedqlora.engine.device import add_device_options, open_devices
 from fedqlora.engine.evaluate import evaluate, load_held_out
+from fedqlora.engine.probe import GENERAL, score_probe
 from fedqlora.engine.service import Identity, Service, serve
 from fedqlora.engine.warm import WarmModel
 from fedqlora.envelope import Instruction
-from fedqlora.errors import FedqloraError, SignatureError
+from fedqlora.errors import DataError, FedqloraError, SignatureError
 from server.evaluation import NAME
 
 log = logging.getLogger("server")
@@ -57,7 +58,15 @@ class Scorer:
         folder = resolve_base(config.model.base, self._models)
         base = self._warm.get(folder, config.model, config.lora)
         residual = decode(body.residual) if body.HasField("residual") else {}
-        scores = evaluate(base, decode(body.adapter), held_out, config.training, residual)
+        adapter = decode(body.adapter)
+        scores = evaluate(base, adapter, held_out, config.training, residual)
+        if config.evaluation.probe:
+            if GENERAL in scores:
+                raise DataError(
+                    f"the held-out set has a file {GENERAL}.jsonl, a name that evaluation.probe "
+                    "takes; rename it"
+                )
+            scores[GENERAL] = score_probe(base, adapter, config.training, residual)
         log.info("scored round %s of run %s", header.round, header.run)
         subsets = {name: pb.Scores(values=values) for name, values in scores.items()}
         return pb.Evaluation(subsets=subsets)

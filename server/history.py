@@ -15,6 +15,7 @@ from fedqlora.config import RunConfig
 from fedqlora.errors import CheckpointError, ConfigError
 from server.checkpoint import RunFolder
 from server.metrics import Metrics
+from server.tasks import FILE, Tasks, assemble
 
 USED = "used"
 """The outcome of an update that went into the round's adapter."""
@@ -88,6 +89,8 @@ class History:
     """What the run is compared with -> held-out file -> figure -> value."""
     skew: Counts
     """Site -> label -> number of its records, where a centre knows it (the demo's does)."""
+    tasks: Tasks | None
+    """What was kept of each task; None where the held-out set has no file for each."""
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -169,9 +172,10 @@ def read_history(folder: RunFolder) -> History:
                 scoring[round_] = figures.get("seconds", 0.0)
     status, error = _status(folder)
     times = [line["time"] for line in events if isinstance(line.get("time"), int | float)]
+    config = _config(folder)
     return History(
         name=folder.name,
-        config=_config(folder),
+        config=config,
         status=status,
         error=error,
         times=(min(times), max(times)) if times else None,
@@ -187,6 +191,7 @@ def read_history(folder: RunFolder) -> History:
         versions={name: str(value) for name, value in _optional(folder, "versions.json").items()},
         baselines={name: _counts(row) for name, row in _optional(folder, "baselines.json").items()},
         skew=_counts(_optional(folder, "skew.json")),
+        tasks=assemble(config, scores, _optional(folder, FILE)),
     )
 
 

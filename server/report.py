@@ -15,6 +15,7 @@ from server.history import USED, History, read_history
 from server.markup import Markup, element, join, table
 from server.page import render_page, section, tiles
 from server.scores import result_table, score_charts, shown
+from server.task_table import task_section
 from server.units import duration, figure, megabytes
 
 log = logging.getLogger("server")
@@ -60,6 +61,7 @@ def render_report(history: History) -> str:
         [
             _head(history),
             section("Result", result_table(history)),
+            section("What was kept of each task", task_section(history.tasks)),
             section("Held-out scores by round", score_charts(history)),
             section("Losses at the sites", loss_charts(history)),
             section("What each site contributed", share_charts(history), site_table(history)),

@@ -11,12 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from fedqlora import protocol_pb2 as pb
-from fedqlora.adapter import (
-    AdapterSpec,
-    initial_adapter,
-)
+from fedqlora.adapter import Adapter, AdapterSpec, initial_adapter
 from fedqlora.codec import encode
 from fedqlora.config import RunConfig
+from fedqlora.continual import freeze
 from fedqlora.errors import FederationError
 from fedqlora.halves import select_trained
 from server.aggregation.aggregate import Aggregate
@@ -31,6 +29,7 @@ from server.metrics import Metrics
 from server.model_card import render_card
 from server.norms import running_medians
 from server.peft_format import write_adapter
+from server.promotion import check_measurable, check_promotion
 from server.receipts import Receipts
 from server.report import refresh_report
 from server.sampling import sample_sites
@@ -68,13 +67,18 @@ def federate(
         checkpoint = _start(config, sites, exchange)
         folder.save(checkpoint)
     _evaluate(config, checkpoint, evaluator, metrics)
+    check_measurable(folder, config)
+    anchor: Adapter = {}
+    if config.continual.penalty > 0:
+        start = folder.start()
+        anchor = freeze(start.adapter, start.residual, config.lora.scale)
     canary = None
     if config.aggregation.canary is not None and evaluator is not None:
         canary = Canary(config, config.aggregation.canary, evaluator, metrics)
     refresh_report(folder)
     for round_ in range(checkpoint.round + 1, config.federation.rounds + 1):
         folder.set_status("running", round=round_, rounds=config.federation.rounds)
-        result = run_round(config, round_, checkpoint, sites, exchange, metrics, canary)
+        result = run_round(config, round_, checkpoint, sites, exchange, metrics, canary, anchor)
         checkpoint = replace(
             checkpoint,
             round=round_,
@@ -86,6 +90,7 @@ def federate(
         folder.save(checkpoint)
         _evaluate(config, checkpoint, evaluator, metrics)
         refresh_report(folder)
+    check_promotion(folder, config)
     card = render_card(read_history(folder), checkpoint.origin)
     write_adapter(folder.path / "adapter", config, checkpoint, card)
     return checkpoint
@@ -99,8 +104,11 @@ def run_round(
     exchange: Exchange,
     metrics: Metrics,
     canary: Canary | None,
+    anchor: Adapter,
 ) -> Aggregate:
     """One round: train at every connected site, fold the updates in as they arrive.
+
+    The anchor is what `continual.penalty` holds the products to; empty where there is none.
 
     Returns:
         The next adapter, and the next residual.
@@ -127,7 +135,7 @@ def run_round(
         addressees,
         pb.TRAIN,
         round_,
-        _instruct(config, round_, before, sites.receipts.heads(), intake.round_keys),
+        _instruct(config, round_, before, sites.receipts.heads(), intake.round_keys, anchor),
         config.federation.round_deadline_seconds,
         use_late=config.federation.late_updates == "use",
     ):
@@ -181,6 +189,7 @@ def _instruct(
     before: Checkpoint,
     ledger_heads: Mapping[str, str],
     round_keys: Iterable[pb.RoundKey],
+    anchor: Adapter,
 ) -> bytes:
     """The payload of a training instruction, the same for every site."""
     control = None
@@ -193,6 +202,7 @@ def _instruct(
         adapter=encode(before.adapter, "float32"),
         residual=encode(before.residual, "float32") if before.residual else None,
         control=control,
+        anchor=encode(anchor, "float32") if anchor else None,
         ledger_heads=ledger_heads,
         round_keys=round_keys,
     )

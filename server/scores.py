@@ -18,7 +18,8 @@ def models(history: History) -> dict[str, Counts]:
     """Rows of the result table: untuned base, what it is compared with, the federated model."""
     found: dict[str, Counts] = {}
     if 0 in history.scores:
-        found["untuned base"] = history.scores[0]
+        first = "untuned base" if not history.config.continual.earlier else "before this task"
+        found[first] = history.scores[0]
     found |= history.baselines
     last = max(history.scores, default=0)
     if last:

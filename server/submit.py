@@ -19,10 +19,12 @@ from fedqlora.files import write_durably
 from server.bundle import Bundle
 from server.checkpoint import RunFolder
 from server.control import ControlClient
+from server.history import read_history
 from server.metrics import Metrics
 from server.report import refresh_report
 from server.runs import wait_for_run
 from server.table import Scores, render
+from server.task_table import render_tasks
 from server.traffic import describe_traffic
 
 Connect = Callable[[], ControlClient]
@@ -219,11 +221,12 @@ def read_scores(folder: RunFolder) -> dict[str, Scores]:
     scores = {line["round"]: line["scores"] for line in lines if line["event"] == "evaluation"}
     if not scores:
         return {}
-    return {"untuned base": scores[min(scores)], "federated": scores[max(scores)]}
+    first = "untuned base" if not folder.config().continual.earlier else "before this task"
+    return {first: scores[min(scores)], "federated": scores[max(scores)]}
 
 
 def write_result(folder: RunFolder, rows: Mapping[str, Scores]) -> str:
-    """Writes a run's result into its folder as result.md: the table, then the bytes of a round.
+    """Writes a run's result into its folder as result.md: table, tasks, bytes of a round.
 
     Returns:
         The text.
@@ -239,8 +242,10 @@ def write_result(folder: RunFolder, rows: Mapping[str, Scores]) -> str:
         else "No held-out scores: the run had evaluation.enabled = false. The sites' losses are in "
         "metrics.jsonl."
     )
+    tasks = read_history(folder).tasks
+    kept = render_tasks(tasks) if tasks is not None and len(tasks.names) > 1 else ""
     traffic = describe_traffic(Metrics(folder.path / "metrics.jsonl").read())
-    text = "\n\n".join(part for part in (text, traffic) if part)
+    text = "\n\n".join(part for part in (text, kept, traffic) if part)
     try:
         write_durably(folder.path / "result.md", text.encode() + b"\n")
     except OSError as error:

@@ -16,6 +16,7 @@ from server.aggregation.fedavg import FedAvg
 from server.aggregation.fedopt import FedOpt
 from server.aggregation.fedsvd import FedSvd
 from server.aggregation.ffa import Ffa
+from server.aggregation.frozen import Frozen
 from server.aggregation.geometric_median import weigh_by_distance
 from server.aggregation.geometry import factor_gram, product_gram, squared_distances
 from server.aggregation.krum import select_by_krum
@@ -43,7 +44,7 @@ def start_aggregation(
         config: names the method and the rule.
         round_: from 1.
         adapter: the round's starting point.
-        residual: what lies frozen beside it; empty for every method but `exact_svd`.
+        residual: what lies frozen beside it; methods other than `exact_svd` leave it as it is.
         memory: what the round before left to this one; empty at first.
         medians: of the norms of earlier rounds' updates; empty in the first.
 
@@ -58,10 +59,12 @@ def start_aggregation(
 
     def start() -> Aggregator:
         method = _start_method(config, round_, adapter, residual, memory)
-        if config.server_optimizer.name == "none" or in_products:
+        if in_products:
             return method
-        trained = select_trained(adapter, config.aggregation.method, round_)
-        return FedOpt(method, adapter, trained, config.server_optimizer, memory)
+        if config.server_optimizer.name != "none":
+            trained = select_trained(adapter, config.aggregation.method, round_)
+            method = FedOpt(method, adapter, trained, config.server_optimizer, memory)
+        return Frozen(method, residual) if residual else method
 
     def measure(updates: Updates) -> Matrix:
         deltas = [delta for delta, _ in updates.values()]

@@ -15,7 +15,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/runbook.md", "docs/stories.md", "docs/threat-model.md")
+PAGES = (
+    "README.md",
+    "docs/continual.md",
+    "docs/runbook.md",
+    "docs/stories.md",
+    "docs/threat-model.md",
+)
 _BEGINNING = re.compile(r"(make [a-z]|python3? -m [\w.]*\w( |$)|docker compose run --rm admin )")
 _TARGETS = re.compile(r"^([a-z][a-z-]*):", re.MULTILINE)
 _SETTINGS = re.compile(r"^([A-Z][A-Z_]*) [?:]?=", re.MULTILINE)
