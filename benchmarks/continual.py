@@ -63,7 +63,7 @@ class Bench:
         """All rounds of one task, as trainers and server do them."""
         hospitals = Hospitals(config, self.options.sites, self.options.home)
         sites = {
-            name: Reader(name, hospitals.records(name)).read(self.base, "", config).training
+            name: Reader(name, hospitals.records(name)).read(self.base, "", config, "").training
             for name in hospitals.names
         }
         anchor = freeze(start.adapter, start.residual, config.lora.scale)

@@ -26,7 +26,7 @@ class Examples:
 
 
 class Reader:
-    """Reads and tokenizes a site's records, again only for another model or configuration.
+    """Reads and tokenizes a site's records once a run: a further task has other records.
 
     Args:
         site: the site's name, for the message.
@@ -38,19 +38,20 @@ class Reader:
         self._data = data
         self._newest: tuple[object, Examples] | None = None
 
-    def read(self, base: BaseModel, digest: str, config: RunConfig) -> Examples:
+    def read(self, base: BaseModel, digest: str, config: RunConfig, run: str) -> Examples:
         """The site's examples.
 
         Args:
             base: tokenizes them.
             digest: of the base model.
             config: the split, the longest example, the seed and what is replayed.
+            run: the run's name.
 
         Raises:
             DataError: a file cannot be used, there are too few records, or none to replay.
         """
         replay = config.continual.replay_fraction
-        key = (digest, config.data, config.training.max_length, config.seed, replay)
+        key = (run, digest, config.data, config.training.max_length, config.seed, replay)
         if self._newest is None or self._newest[0] != key:
             self._newest = (key, self._read(base, config))
         return self._newest[1]

@@ -130,7 +130,7 @@ class Trainer:
             self._budget.check(ledger, config, header.run)
         lora = config.lora.at_rank(training_rank(self._policy, config))
         base = self._warm.get(folder, config.model, lora)
-        data = self._reader.read(base, digest, config)
+        data = self._reader.read(base, digest, config, header.run)
         if ledger is None:
             if isinstance(body, pb.Train):
                 return self._train(

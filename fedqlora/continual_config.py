@@ -21,7 +21,7 @@ class ContinualConfig(Section):
     """The run folder whose adapter this run starts from; `make continue` writes it."""
     earlier: tuple[TaskName, ...] = ()
     """The tasks that were learned before, oldest first; `make continue` writes them."""
-    frozen_rank: int = Field(default=0, ge=0)
+    frozen_rank: int = Field(default=0, ge=0, le=4096)
     """Rank of what lies frozen beside the adapter in the whole run; `make continue` writes it."""
     replay_fraction: float = Field(default=0.0, ge=0, le=1)
     """Share of the patients in the folder `earlier` of a site's records whose records are trained

@@ -18,16 +18,26 @@ def check_measurable(folder: RunFolder, config: RunConfig) -> None:
     """Refuse, before the first round, bounds that no held-out score could be compared with.
 
     Raises:
-        FederationError: names the tasks that need a file.
+        FederationError: names the files that are needed, or the scores that are not there.
     """
-    if config.continual.max_forgetting is None or read_history(folder).tasks is not None:
+    bounds = config.continual
+    if bounds.max_forgetting is None and bounds.max_general_loss is None:
         return
-    files = ", ".join(f"{name}.jsonl" for name in (*config.continual.earlier, config.task))
-    figure = config.continual.figure or "options in choices.json"
-    raise FederationError(
-        f"continual.max_forgetting compares tasks by the held-out files {files} and {figure}, and "
-        "not all of these are there; add them to the evaluator's held-out set and resume the run"
-    )
+    tasks = read_history(folder).tasks
+    if tasks is None:
+        files = ", ".join(f"{name}.jsonl" for name in (*bounds.earlier, config.task))
+        figure = bounds.figure or "options in choices.json"
+        raise FederationError(
+            f"continual.max_forgetting and max_general_loss need the held-out files {files} and "
+            f"{figure}, and not all of these are there; add them to the evaluator's held-out set, "
+            "then resume the run"
+        )
+    if bounds.max_general_loss is not None and tasks.general[0] is None:
+        raise FederationError(
+            f"continual.max_general_loss compares with the untuned base, which task "
+            f"{tasks.names[0]} did not score on plain questions; leave it out, or start that task "
+            "again with evaluation.probe = true"
+        )
 
 
 def check_promotion(folder: RunFolder, config: RunConfig) -> None:

@@ -143,6 +143,7 @@ def test_expired_certificates_are_one_sentence_and_no_run(home: Path, tmp_path: 
         (["run", "--sites", "99"], "SITES=99 is not between 1 and 26"),
         (["run", "--rounds", "0"], "ROUNDS=0 is not a number of rounds"),
         (["resume", "nowhere"], "is not a run folder"),
+        (["continue", "nowhere", "--experiment", "icd10-new-wards"], "is not a run folder"),
         (["compare", "--experiments", "none-*"], "matches none-*; there are: "),
         (["compare", "--experiments", "icd10"], "a comparison needs two or more experiments"),
     ],

@@ -13,13 +13,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.budget import Budget
-from client.control import Control
-from client.feedback import Feedback
 from client.ledger import Ledger
-from client.masking import Masking
 from client.policy import Limits, Models, Policy, Privacy
-from client.textfile import Textfile
 from client.trainer import Trainer
 from fedqlora import VERSION
 from fedqlora.adapter import Adapter, AdapterSpec, rank_of
@@ -96,11 +91,9 @@ class Clinic:
             models=self.folder / "models",
             policy=self.policy,
             audit=audit,
-            feedback=Feedback(state / "feedback"),
-            control=Control(state / "control"),
-            textfile=Textfile(state / "metrics.prom", audit),
-            budget=Budget(site, state, self.policy, key),
-            masking=Masking(site, state / "secagg", self.policy, {}, key),
+            state=state,
+            key=key,
+            peers={},
             warm=self.warm,
         )
         if not audit.head.number:
