@@ -207,6 +207,7 @@ rendered := .cache/$(PROJECT)
 cluster = DEVICE=$$(cat $(rendered)/device 2>/dev/null || echo $(DEVICE)) docker compose -p $(PROJECT) --project-directory . \
 	-f $(or $(wildcard $(rendered)/compose.yml),docker-compose.yml)
 admin = $(cluster) run --rm --no-deps -T admin
+needs_cluster = @test -n "$(CLUSTER)" || { echo "No SuperLink of the cluster $(PROJECT) runs: start it with make up."; exit 2; }
 # ROUNDS has a default for `make demo`; a run of the cluster takes it only where somebody gave it.
 own_rounds = $(if $(filter command environment,$(firstword $(origin ROUNDS))),federation.rounds=$(ROUNDS))
 own_method = $(if $(AGGREGATION),aggregation.method="$(AGGREGATION)")
@@ -235,6 +236,7 @@ down: ## remove the cluster: containers, networks and volumes of all sites; resu
 .PHONY: status
 status: ## containers, connected sites and runs of the cluster
 	@$(cluster) ps --all
+	$(needs_cluster)
 	@$(admin) status
 
 .PHONY: logs
@@ -244,6 +246,7 @@ logs: ## what the cluster says (SITE=2 for one site)
 
 .PHONY: run
 run: ## start a run in the cluster, follow it, save it in runs/ (EXPERIMENT=icd10 ROUNDS=4 AGGREGATION=... SET="key=value ..." FROM=name to continue it, or RESUME=name)
+	$(needs_cluster)
 	@mkdir -p runs $(rendered)
 	@$(admin) $(if $(RESUME),resume $(RESUME),$(if $(FROM),continue $(FROM),run) --experiment $(EXPERIMENT) $(foreach one,$(own_rounds) $(own_method) $(SET),--set '$(one)')) \
 		| tee -i $(rendered)/run.log; status=$${PIPESTATUS[0]}; \
