@@ -150,7 +150,8 @@ def _check_names(certs: Path, site: str, superlink: str, release: str) -> None:
     if read_host(host) not in covered:
         raise MisuseError(
             f"The SuperLink's certificate is not valid for {host} but for {', '.join(covered)}; "
-            f"name one of these, or run `python -m certs rotate --superlink --host {host}` first."
+            f"name one of these, or run `python -m certs rotate --superlink --host {host} "
+            f"--out {certs}` first."
         )
 
 
