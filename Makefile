@@ -51,7 +51,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@# torch first: otherwise another package pulls a build of its own choice.
 	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$$(grep ^torch== constraints.txt)"
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[engine,demo,kit,simulation,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[engine,demo,he,kit,simulation,dev]'
 	@touch $@
 
 .PHONY: install
@@ -171,9 +171,10 @@ BASE_IMAGE ?= debian:bookworm-slim
 INDEX_URL ?= $(PIP_INDEX_URL)
 CA_BUNDLE ?= $(or $(PIP_CERT),$(SSL_CERT_FILE))
 OFFLINE ?=
+EXTRAS ?=
 # A secret stays out of every layer; a build argument that the last stage does not name, out of its history.
 build_image = DOCKER_BUILDKIT=1 docker build -f docker/$(1).Dockerfile --target $(2) -t fedqlora-$(2):$(DEVICE) \
-	--build-arg DEVICE=$(DEVICE) --build-arg BASE_IMAGE=$(BASE_IMAGE) --build-arg OFFLINE=$(OFFLINE) \
+	--build-arg DEVICE=$(DEVICE) --build-arg BASE_IMAGE=$(BASE_IMAGE) --build-arg OFFLINE=$(OFFLINE) --build-arg EXTRAS=$(EXTRAS) \
 	--build-arg PIP_INDEX_URL=$(INDEX_URL) --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
 	--build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null || echo unknown) \
 	$(if $(CA_BUNDLE),--secret id=ca_bundle$(comma)src=$(CA_BUNDLE)) .
@@ -189,7 +190,7 @@ images: ## build server, client and demo (DEVICE=cpu|cuda CA_BUNDLE=file INDEX_U
 
 .PHONY: wheelhouse
 wheelhouse: ## wheels for images built with no package index (DEVICE=cpu|cuda)
-	@PYTHON="$(PYTHON)" TORCH_INDEX_URL="$(TORCH_INDEX_URL)" sh docker/wheelhouse.sh $(DEVICE)
+	@PYTHON="$(PYTHON)" TORCH_INDEX_URL="$(TORCH_INDEX_URL)" EXTRAS="$(EXTRAS)" sh docker/wheelhouse.sh $(DEVICE)
 
 ## cluster
 
@@ -295,6 +296,7 @@ benchmarks: install ## the figures of the README, as ratios
 	$(BIN)/python -m benchmarks.admission
 	$(BIN)/python -m benchmarks.codec
 	$(BIN)/python -m benchmarks.secure_aggregation
+	$(BIN)/python -m benchmarks.homomorphic
 
 .PHONY: proto
 proto: install ## generate the stubs beside fedqlora/protocol.proto

@@ -65,9 +65,9 @@ class Masking:
         if count < self._least:
             raise PolicyRefusal(
                 "secure_aggregation.sites",
-                f"site {self._site} masks with at least {self._least} sites, itself included, and "
-                f"its policy pins {count - 1} others that are in the roster; pin more under "
-                "[peers] (secure_aggregation.sites)",
+                f"site {self._site} gives its update into sums of at least {self._least} sites, "
+                f"itself included, and its policy pins {count - 1} others that are in the roster; "
+                "pin more under [peers] (secure_aggregation.sites)",
             )
 
     def renew(self, run: str, round_: int) -> pb.RoundKey:

@@ -87,6 +87,14 @@ class SecureAggregation(Section):
     whatever the coordinator asks."""
 
 
+class HomomorphicEncryption(Section):
+    """Whom this site trusts with the key to a sum."""
+
+    key_sites: tuple[str, ...] = ()
+    """Sites under whose key this site's update may leave encrypted, out of `peers`; with the
+    coordinator's help they could read it. Such a sum has at least `secure_aggregation.sites`."""
+
+
 class Policy(Section):
     """All rules of one site; a rule's name is its dotted key."""
 
@@ -99,6 +107,7 @@ class Policy(Section):
     compared them: the roster alone adds no peer (client/peers.py)."""
     privacy: Privacy = Privacy()
     secure_aggregation: SecureAggregation = SecureAggregation()
+    homomorphic_encryption: HomomorphicEncryption = HomomorphicEncryption()
 
 
 def load_policy(path: Path) -> Policy:
@@ -166,6 +175,26 @@ def check(policy: Policy, config: RunConfig, round_: int, base_digest: str) -> N
             "metrics.allowed",
             f"the run weights sites by {weighting}, which the site's policy does not let out; "
             'set aggregation.weighting = "uniform" (metrics.allowed)',
+        )
+
+
+def check_key_site(policy: Policy, config: RunConfig, site: str) -> None:
+    """Refuse a run whose key somebody holds whom the policy does not name.
+
+    Args:
+        policy: the site's rules.
+        config: the run, with homomorphic encryption.
+        site: the site's own name; its own key it trusts.
+
+    Raises:
+        PolicyRefusal: the run's key site is not among the policy's.
+    """
+    asked = config.homomorphic_encryption.key_site
+    if asked not in (site, *policy.homomorphic_encryption.key_sites):
+        raise PolicyRefusal(
+            "homomorphic_encryption.key_sites",
+            f"the site's policy does not let site {asked} hold the key to its update "
+            "(homomorphic_encryption.key_sites)",
         )
 
 

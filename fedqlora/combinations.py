@@ -180,57 +180,77 @@ COMBINATIONS = (
         'aggregation.method needs each by itself; set aggregation.method = "ffa" or "fedavg"',
     ),
     Combination(
-        lambda run: run.secure_aggregation.enabled and run.aggregation.rule != "mean",
-        "secure_aggregation gives the coordinator the sum of all updates only, and this "
-        'aggregation.rule compares single ones; set aggregation.rule = "mean"',
+        lambda run: run.sums_only and run.aggregation.rule != "mean",
+        "secure_aggregation and homomorphic_encryption give the coordinator the sum of all updates "
+        'only, and this aggregation.rule compares single ones; set aggregation.rule = "mean"',
     ),
     Combination(
-        lambda run: run.secure_aggregation.enabled and run.aggregation.canary is not None,
-        "secure_aggregation shows no site's own update, so aggregation.canary could blame nobody; "
-        "leave one of them out",
+        lambda run: run.sums_only and run.aggregation.canary is not None,
+        "secure_aggregation and homomorphic_encryption show no site's own update, so "
+        "aggregation.canary could blame nobody; leave one of them out",
     ),
     Combination(
-        lambda run: run.secure_aggregation.enabled and run.training.control_variates,
-        "secure_aggregation masks updates, and training.control_variates are gradients that would "
-        "travel beside them in the clear; set training.control_variates = false",
+        lambda run: run.sums_only and run.training.control_variates,
+        "secure_aggregation and homomorphic_encryption hide updates, and training.control_variates "
+        "are gradients that would travel beside them in the clear; set "
+        "training.control_variates = false",
     ),
     Combination(
-        lambda run: run.secure_aggregation.enabled and run.federation.late_updates == "use",
-        "secure_aggregation opens a round's sum once, and a late update is in no sum; set "
-        'federation.late_updates = "discard"',
+        lambda run: run.sums_only and run.federation.late_updates == "use",
+        "secure_aggregation and homomorphic_encryption open a round's sum once, and a late update "
+        'is in no sum; set federation.late_updates = "discard"',
     ),
     Combination(
-        lambda run: run.secure_aggregation.enabled and run.codec.update == "topk",
-        "secure_aggregation adds all sites' values position by position, and topk sends other "
-        'positions from each; set codec.update = "bfloat16"',
+        lambda run: run.sums_only and run.codec.update == "topk",
+        "secure_aggregation and homomorphic_encryption add all sites' values position by position, "
+        'and topk sends other positions from each; set codec.update = "bfloat16"',
     ),
     Combination(
-        lambda run: run.secure_aggregation.enabled and run.codec.update in ("int8", "nf4"),
-        "secure_aggregation needs one scale for all sites, and this codec.update has another for "
-        'each block of each site; set codec.update = "bfloat16"',
+        lambda run: run.sums_only and run.codec.update in ("int8", "nf4"),
+        "secure_aggregation and homomorphic_encryption need one scale for all sites, and this "
+        'codec.update has another for each block of each site; set codec.update = "bfloat16"',
     ),
     Combination(
-        lambda run: run.secure_aggregation.enabled and run.lora.mixed_ranks,
-        "secure_aggregation adds updates of one shape, and lora.mixed_ranks gives sites different "
-        "ones; set lora.mixed_ranks = false",
+        lambda run: run.sums_only and run.lora.mixed_ranks,
+        "secure_aggregation and homomorphic_encryption add updates of one shape, and "
+        "lora.mixed_ranks gives sites different ones; set lora.mixed_ranks = false",
     ),
     Combination(
-        lambda run: run.secure_aggregation.enabled and run.federation.min_sites < 3,
-        "secure_aggregation of fewer than three sites tells each of two the other's update; set "
-        "federation.min_sites to at least 3",
+        lambda run: run.sums_only and run.federation.min_sites < 3,
+        "secure_aggregation or homomorphic_encryption of fewer than three sites tells each of two "
+        "the other's update; set federation.min_sites to at least 3",
     ),
     Combination(
         lambda run: (
-            run.secure_aggregation.enabled
-            and max(run.federation.min_sites, run.federation.expected_sites or 0) > 50
+            run.sums_only and max(run.federation.min_sites, run.federation.expected_sites or 0) > 50
         ),
-        "secure_aggregation masks every site with every other, which is built for up to 50; lower "
-        "federation.expected_sites and federation.min_sites",
+        "secure_aggregation and homomorphic_encryption sum vectors that leave room, and have keys, "
+        "for 50 sites, so they are built for up to 50; lower federation.expected_sites and "
+        "federation.min_sites",
     ),
     Combination(
-        lambda run: run.secure_aggregation.enabled and 50 * run.most_weight >= 2**31,
-        "secure_aggregation sums weights in 31 bits, and this many steps, examples and tokens of "
-        'fifty sites do not fit; set aggregation.weighting = "examples" or lower training.steps',
+        lambda run: run.sums_only and 50 * run.most_weight >= 2**31,
+        "secure_aggregation and homomorphic_encryption sum weights in 31 bits, and this many "
+        "steps, examples and tokens of fifty sites do not fit; set aggregation.weighting = "
+        '"examples" or lower training.steps',
+    ),
+    Combination(
+        lambda run: run.homomorphic_encryption.enabled and run.secure_aggregation.enabled,
+        "homomorphic_encryption and secure_aggregation both hide updates from the coordinator, "
+        "each in its own way; enable one of them",
+    ),
+    Combination(
+        lambda run: run.homomorphic_encryption.enabled and run.aggregation.method != "ffa",
+        "homomorphic_encryption makes an update 8 times as large and adds only, so it is for B "
+        'with a fixed A; set aggregation.method = "ffa"',
+    ),
+    Combination(
+        lambda run: (
+            run.homomorphic_encryption.enabled
+            and (run.federation.sample_fraction < 1 or run.federation.sample_sites is not None)
+        ),
+        "homomorphic_encryption needs its key_site in every round, and a sample may lack it; leave "
+        "federation.sample_fraction and federation.sample_sites out",
     ),
     Combination(
         lambda run: (

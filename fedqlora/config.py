@@ -19,6 +19,7 @@ from fedqlora.aggregation_config import AggregationConfig
 from fedqlora.combinations import COMBINATIONS
 from fedqlora.continual_config import ContinualConfig
 from fedqlora.errors import ConfigError
+from fedqlora.homomorphic_encryption_config import HomomorphicEncryptionConfig
 from fedqlora.section import Section
 from fedqlora.server_optimizer_config import ServerOptimizerConfig
 
@@ -231,6 +232,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     secure_aggregation: SecureAggregationConfig = SecureAggregationConfig()
+    homomorphic_encryption: HomomorphicEncryptionConfig = HomomorphicEncryptionConfig()
     continual: ContinualConfig = ContinualConfig()
 
     @model_validator(mode="after")
@@ -261,6 +263,11 @@ class RunConfig(Section):
                 "lora.dora = false"
             )
         return self
+
+    @property
+    def sums_only(self) -> bool:
+        """Whether the coordinator learns the sum of the sites' updates only."""
+        return self.secure_aggregation.enabled or self.homomorphic_encryption.enabled
 
     @property
     def most_weight(self) -> int:

@@ -33,8 +33,16 @@ from fedqlora.head import Head
 VERSION = 1
 ANY_SITE = "*"
 NO_HEAD = Head()
-Instruction = pb.Describe | pb.Train | pb.Evaluate | pb.Confirm | pb.Unmask
-Answer = pb.Description | pb.Update | pb.Evaluation | pb.Confirmation | pb.Unmasking
+Instruction = pb.Describe | pb.Train | pb.Evaluate | pb.Confirm | pb.Unmask | pb.Wrap | pb.Decrypt
+Answer = (
+    pb.Description
+    | pb.Update
+    | pb.Evaluation
+    | pb.Confirmation
+    | pb.Unmasking
+    | pb.WrappedKey
+    | pb.Decryption
+)
 """What an instruction that is not refused brings back."""
 # Keeps these signatures apart from anything else that the same key may ever sign.
 _PREFIX = b"fedqlora envelope\x00"
@@ -145,7 +153,7 @@ def verify_reply(data: bytes, key: Ed25519PublicKey, *, site: str, instruction: 
     """
     kinds = (
         *(pb.DESCRIPTION, pb.UPDATE, pb.CONFIRMATION, pb.UNMASKING),
-        *(pb.EVALUATION, pb.REFUSAL),
+        *(pb.WRAPPED_KEY, pb.DECRYPTION, pb.EVALUATION, pb.REFUSAL),
     )
     reply = verify(data, key, kinds=kinds)
     if reply.header.site != site:

@@ -12,6 +12,7 @@
     ├── LedgerError          the record of privacy spent is lost, damaged, old or another site's
     ├── ReceiptError         a receipt's signature or epsilon does not hold
     ├── SecureAggregationError  a step of secure aggregation would reveal more than the sum
+    │   └── EncryptionError     a step of homomorphic encryption would
     ├── PolicyRefusal        the site's policy forbids it; `rule` names the rule
     ├── UpdateError          a site's update has a wrong name, shape, range or digest
     ├── AuditError           an audit log cannot be written, or its chain is broken
@@ -87,6 +88,10 @@ class SecureAggregationError(FedqloraError):
     def __init__(self, rule: str, message: str) -> None:
         super().__init__(message)
         self.rule = rule
+
+
+class EncryptionError(SecureAggregationError):
+    """The same of homomorphic encryption; rules such as `homomorphic_encryption.sum`."""
 
 
 class PolicyRefusal(FedqloraError):

@@ -15,11 +15,15 @@ class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     EVALUATE: _ClassVar[Kind]
     CONFIRM: _ClassVar[Kind]
     UNMASK: _ClassVar[Kind]
+    WRAP: _ClassVar[Kind]
+    DECRYPT: _ClassVar[Kind]
     DESCRIPTION: _ClassVar[Kind]
     UPDATE: _ClassVar[Kind]
     EVALUATION: _ClassVar[Kind]
     CONFIRMATION: _ClassVar[Kind]
     UNMASKING: _ClassVar[Kind]
+    WRAPPED_KEY: _ClassVar[Kind]
+    DECRYPTION: _ClassVar[Kind]
     REFUSAL: _ClassVar[Kind]
 KIND_UNSPECIFIED: Kind
 DESCRIBE: Kind
@@ -27,11 +31,15 @@ TRAIN: Kind
 EVALUATE: Kind
 CONFIRM: Kind
 UNMASK: Kind
+WRAP: Kind
+DECRYPT: Kind
 DESCRIPTION: Kind
 UPDATE: Kind
 EVALUATION: Kind
 CONFIRMATION: Kind
 UNMASKING: Kind
+WRAPPED_KEY: Kind
+DECRYPTION: Kind
 REFUSAL: Kind
 
 class Envelope(_message.Message):
@@ -98,7 +106,7 @@ class Describe(_message.Message):
     def __init__(self, config: _Optional[str] = ..., ledger_heads: _Optional[_Mapping[str, str]] = ..., next_round: _Optional[int] = ...) -> None: ...
 
 class Train(_message.Message):
-    __slots__ = ("config", "adapter", "residual", "control", "anchor", "ledger_heads", "round_keys")
+    __slots__ = ("config", "adapter", "residual", "control", "anchor", "ledger_heads", "round_keys", "encryption_key")
     class LedgerHeadsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +121,7 @@ class Train(_message.Message):
     ANCHOR_FIELD_NUMBER: _ClassVar[int]
     LEDGER_HEADS_FIELD_NUMBER: _ClassVar[int]
     ROUND_KEYS_FIELD_NUMBER: _ClassVar[int]
+    ENCRYPTION_KEY_FIELD_NUMBER: _ClassVar[int]
     config: str
     adapter: Tensors
     residual: Tensors
@@ -120,7 +129,8 @@ class Train(_message.Message):
     anchor: Tensors
     ledger_heads: _containers.ScalarMap[str, str]
     round_keys: _containers.RepeatedCompositeFieldContainer[RoundKey]
-    def __init__(self, config: _Optional[str] = ..., adapter: _Optional[_Union[Tensors, _Mapping]] = ..., residual: _Optional[_Union[Tensors, _Mapping]] = ..., control: _Optional[_Union[Tensors, _Mapping]] = ..., anchor: _Optional[_Union[Tensors, _Mapping]] = ..., ledger_heads: _Optional[_Mapping[str, str]] = ..., round_keys: _Optional[_Iterable[_Union[RoundKey, _Mapping]]] = ...) -> None: ...
+    encryption_key: WrappedKey
+    def __init__(self, config: _Optional[str] = ..., adapter: _Optional[_Union[Tensors, _Mapping]] = ..., residual: _Optional[_Union[Tensors, _Mapping]] = ..., control: _Optional[_Union[Tensors, _Mapping]] = ..., anchor: _Optional[_Union[Tensors, _Mapping]] = ..., ledger_heads: _Optional[_Mapping[str, str]] = ..., round_keys: _Optional[_Iterable[_Union[RoundKey, _Mapping]]] = ..., encryption_key: _Optional[_Union[WrappedKey, _Mapping]] = ...) -> None: ...
 
 class Evaluate(_message.Message):
     __slots__ = ("config", "adapter", "residual")
@@ -164,6 +174,33 @@ class Unmask(_message.Message):
     sealed: _containers.ScalarMap[str, bytes]
     def __init__(self, config: _Optional[str] = ..., signatures: _Optional[_Mapping[str, bytes]] = ..., sealed: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
 
+class Wrap(_message.Message):
+    __slots__ = ("config", "round_keys")
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    ROUND_KEYS_FIELD_NUMBER: _ClassVar[int]
+    config: str
+    round_keys: _containers.RepeatedCompositeFieldContainer[RoundKey]
+    def __init__(self, config: _Optional[str] = ..., round_keys: _Optional[_Iterable[_Union[RoundKey, _Mapping]]] = ...) -> None: ...
+
+class Decrypt(_message.Message):
+    __slots__ = ("config", "alive", "ciphertexts", "checksums")
+    class ChecksumsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
+    CIPHERTEXTS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    config: str
+    alive: _containers.RepeatedScalarFieldContainer[str]
+    ciphertexts: _containers.RepeatedScalarFieldContainer[bytes]
+    checksums: _containers.ScalarMap[str, bytes]
+    def __init__(self, config: _Optional[str] = ..., alive: _Optional[_Iterable[str]] = ..., ciphertexts: _Optional[_Iterable[bytes]] = ..., checksums: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+
 class TensorShape(_message.Message):
     __slots__ = ("name", "shape")
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -198,7 +235,7 @@ class Description(_message.Message):
     def __init__(self, base_digest: _Optional[str] = ..., family: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[TensorShape, _Mapping]]] = ..., given: _Optional[_Union[Tensors, _Mapping]] = ..., software: _Optional[_Mapping[str, str]] = ..., ledger_head: _Optional[str] = ..., round_key: _Optional[_Union[RoundKey, _Mapping]] = ...) -> None: ...
 
 class Update(_message.Message):
-    __slots__ = ("delta", "examples", "tokens", "metrics", "control", "ledger_head", "receipt", "masked")
+    __slots__ = ("delta", "examples", "tokens", "metrics", "control", "ledger_head", "receipt", "masked", "encrypted", "round_key")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -214,6 +251,8 @@ class Update(_message.Message):
     LEDGER_HEAD_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
     MASKED_FIELD_NUMBER: _ClassVar[int]
+    ENCRYPTED_FIELD_NUMBER: _ClassVar[int]
+    ROUND_KEY_FIELD_NUMBER: _ClassVar[int]
     delta: Tensors
     examples: int
     tokens: int
@@ -222,7 +261,9 @@ class Update(_message.Message):
     ledger_head: str
     receipt: bytes
     masked: Masked
-    def __init__(self, delta: _Optional[_Union[Tensors, _Mapping]] = ..., examples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., control: _Optional[_Union[Tensors, _Mapping]] = ..., ledger_head: _Optional[str] = ..., receipt: _Optional[bytes] = ..., masked: _Optional[_Union[Masked, _Mapping]] = ...) -> None: ...
+    encrypted: Encrypted
+    round_key: RoundKey
+    def __init__(self, delta: _Optional[_Union[Tensors, _Mapping]] = ..., examples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., control: _Optional[_Union[Tensors, _Mapping]] = ..., ledger_head: _Optional[str] = ..., receipt: _Optional[bytes] = ..., masked: _Optional[_Union[Masked, _Mapping]] = ..., encrypted: _Optional[_Union[Encrypted, _Mapping]] = ..., round_key: _Optional[_Union[RoundKey, _Mapping]] = ...) -> None: ...
 
 class RoundKey(_message.Message):
     __slots__ = ("site", "public", "signature")
@@ -248,6 +289,37 @@ class Masked(_message.Message):
     values: bytes
     sealed: _containers.ScalarMap[str, bytes]
     def __init__(self, values: _Optional[bytes] = ..., sealed: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+
+class Encrypted(_message.Message):
+    __slots__ = ("ciphertexts", "checksum")
+    CIPHERTEXTS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    ciphertexts: _containers.RepeatedScalarFieldContainer[bytes]
+    checksum: bytes
+    def __init__(self, ciphertexts: _Optional[_Iterable[bytes]] = ..., checksum: _Optional[bytes] = ...) -> None: ...
+
+class WrappedKey(_message.Message):
+    __slots__ = ("sealed", "wrapped")
+    class WrappedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    SEALED_FIELD_NUMBER: _ClassVar[int]
+    WRAPPED_FIELD_NUMBER: _ClassVar[int]
+    sealed: bytes
+    wrapped: _containers.ScalarMap[str, bytes]
+    def __init__(self, sealed: _Optional[bytes] = ..., wrapped: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+
+class Decryption(_message.Message):
+    __slots__ = ("values", "round_key")
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    ROUND_KEY_FIELD_NUMBER: _ClassVar[int]
+    values: bytes
+    round_key: RoundKey
+    def __init__(self, values: _Optional[bytes] = ..., round_key: _Optional[_Union[RoundKey, _Mapping]] = ...) -> None: ...
 
 class Confirmation(_message.Message):
     __slots__ = ("signature",)

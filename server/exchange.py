@@ -50,7 +50,9 @@ LOST = "lost"
 REFUSED = "refused"
 INVALID = "invalid"
 
-SiteAnswer = pb.Description | pb.Update | pb.Confirmation | pb.Unmasking
+SiteAnswer = (
+    pb.Description | pb.Update | pb.Confirmation | pb.Unmasking | pb.WrappedKey | pb.Decryption
+)
 """What a site says unless it refuses."""
 
 _BODIES: dict[int, type[SiteAnswer | pb.Refusal]] = {
@@ -58,6 +60,8 @@ _BODIES: dict[int, type[SiteAnswer | pb.Refusal]] = {
     pb.UPDATE: pb.Update,
     pb.CONFIRMATION: pb.Confirmation,
     pb.UNMASKING: pb.Unmasking,
+    pb.WRAPPED_KEY: pb.WrappedKey,
+    pb.DECRYPTION: pb.Decryption,
     pb.REFUSAL: pb.Refusal,
 }
 _EXPECTED: dict[int, int] = {
@@ -65,6 +69,8 @@ _EXPECTED: dict[int, int] = {
     pb.TRAIN: pb.UPDATE,
     pb.CONFIRM: pb.CONFIRMATION,
     pb.UNMASK: pb.UNMASKING,
+    pb.WRAP: pb.WRAPPED_KEY,
+    pb.DECRYPT: pb.DECRYPTION,
 }
 
 
@@ -191,7 +197,7 @@ class Exchange:
 
         Args:
             addressees: node id -> site name, or "*" for a node not known yet.
-            kind: DESCRIBE, TRAIN, CONFIRM or UNMASK.
+            kind: any but EVALUATE.
             round_: the round.
             payload: the serialized instruction, one for all or one for each site by name.
             deadline_seconds: nodes that have not answered by then yield a `late` answer.

@@ -33,7 +33,7 @@ _LONGEST_CONTROL = 1e6
 
 
 class Intake:
-    """What one round takes in; where updates are masked, `SecureRound` takes its place.
+    """What one round takes in; of sums alone, SecureRound or EncryptedRound takes its place.
 
     Args:
         config: the run.
@@ -55,6 +55,7 @@ class Intake:
         registered: int,
     ) -> None:
         self.round_keys: tuple[pb.RoundKey, ...] = ()
+        self.encryption_key: pb.WrappedKey | None = None
         self._config = config
         self._adapter = before.adapter
         self._medians = medians

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from fedqlora import protocol_pb2 as pb
@@ -17,10 +17,12 @@ from fedqlora.config import RunConfig
 from fedqlora.continual import freeze
 from fedqlora.errors import FederationError
 from fedqlora.halves import select_trained
+from fedqlora.secure import ckks
 from server.aggregation.aggregate import Aggregate
 from server.aggregation.control import select_control
 from server.canary import Canary
 from server.checkpoint import Checkpoint, Origin, RunFolder
+from server.encrypted_round import EncryptedRound
 from server.evaluation import Evaluator, record_scores
 from server.exchange import Exchange
 from server.history import read_history
@@ -57,6 +59,8 @@ def federate(
         FedqloraError: the run cannot go on; finished rounds are kept.
     """
     config = folder.config()
+    if config.homomorphic_encryption.enabled:
+        ckks.check_installed()
     metrics = Metrics(folder.path / "metrics.jsonl")
     checkpoint = folder.latest()
     metrics.forget_after(checkpoint.round if checkpoint else -1)
@@ -114,7 +118,7 @@ def run_round(
         The next adapter, and the next residual.
 
     Raises:
-        FederationError: fewer than `min_sites` usable updates came, or their masked sum cannot be
+        FederationError: fewer than `min_sites` usable updates came, or their sum cannot be
             opened; names who and why.
         UpdateError: the run's method cannot aggregate this adapter.
     """
@@ -125,9 +129,11 @@ def run_round(
     absent = excluded | dict.fromkeys(set(here.values()) - asked, "not in this round's sample")
     addressees = {node: site for node, site in here.items() if site in asked}
     log.info("round %s: %s", round_, ", ".join(sorted(addressees.values())))
-    intake: Intake | SecureRound
+    intake: Intake | SecureRound | EncryptedRound
     if config.secure_aggregation.enabled:
         intake = SecureRound(config, round_, before, addressees.values(), sites, exchange)
+    elif config.homomorphic_encryption.enabled:
+        intake = EncryptedRound(config, round_, before, addressees, sites, exchange)
     else:
         intake = Intake(config, round_, before, running_medians(metrics.read()), sites.expected)
     outcomes = dict(excluded)
@@ -135,7 +141,7 @@ def run_round(
         addressees,
         pb.TRAIN,
         round_,
-        _instruct(config, round_, before, sites.receipts.heads(), intake.round_keys, anchor),
+        _instruct(config, round_, before, sites.receipts.heads(), intake, anchor),
         config.federation.round_deadline_seconds,
         use_late=config.federation.late_updates == "use",
     ):
@@ -161,7 +167,7 @@ def run_round(
             f"{config.federation.min_sites} ({why}); mend those sites, then resume the run"
         )
     result = intake.finish()
-    # A masked round shows no single update; the configuration refuses a canary with it.
+    # A round of which the sum alone is open shows no update; a canary is refused with it.
     if canary is not None and isinstance(intake, Intake):
         result = canary.judge(round_, before, intake, result)
     seconds = round(time.monotonic() - started, 3)
@@ -188,7 +194,7 @@ def _instruct(
     round_: int,
     before: Checkpoint,
     ledger_heads: Mapping[str, str],
-    round_keys: Iterable[pb.RoundKey],
+    intake: Intake | SecureRound | EncryptedRound,
     anchor: Adapter,
 ) -> bytes:
     """The payload of a training instruction, the same for every site."""
@@ -204,7 +210,8 @@ def _instruct(
         control=control,
         anchor=encode(anchor, "float32") if anchor else None,
         ledger_heads=ledger_heads,
-        round_keys=round_keys,
+        round_keys=intake.round_keys,
+        encryption_key=intake.encryption_key,
     )
     return train.SerializeToString()
 

@@ -58,6 +58,7 @@ class SecureRound:
         trained = select_trained(before.adapter, config.aggregation.method, round_)
         spec = AdapterSpec.of({name: before.adapter[name] for name in trained})
         self.round_keys = [sites.round_key(name) for name in sorted(names)]
+        self.encryption_key: pb.WrappedKey | None = None
         keys = {one.site: one.public for one in self.round_keys}
         self._collector = Collector(
             Group(run=exchange.run, round=round_, keys=keys), vector_length(spec)

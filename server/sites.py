@@ -113,7 +113,7 @@ class Sites:
         return self._wait(self._config.federation.min_sites, round_)
 
     def keep_key(self, site: str, round_key: pb.RoundKey, round_: int) -> None:
-        """Take a site's key for a round of secure aggregation.
+        """Take a site's key for a round of which the sum alone is open.
 
         Raises:
             SecureAggregationError: it is not signed by that site for that round.
@@ -200,7 +200,7 @@ class Sites:
                 log.warning("site %s cannot take part: %s", site, self._problems[site])
                 self._metrics.append("unusable", site=site, reason=self._problems[site])
                 continue
-            if self._config.secure_aggregation.enabled:
+            if self._config.sums_only:
                 try:
                     self.keep_key(site, said.round_key, round_)
                 except SecureAggregationError as error:

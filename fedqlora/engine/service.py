@@ -72,6 +72,8 @@ _INSTRUCTIONS: dict[int, type[Instruction]] = {
     pb.EVALUATE: pb.Evaluate,
     pb.CONFIRM: pb.Confirm,
     pb.UNMASK: pb.Unmask,
+    pb.WRAP: pb.Wrap,
+    pb.DECRYPT: pb.Decrypt,
 }
 _ANSWERS: dict[int, pb.Kind] = {
     pb.DESCRIBE: pb.DESCRIPTION,
@@ -79,6 +81,8 @@ _ANSWERS: dict[int, pb.Kind] = {
     pb.EVALUATE: pb.EVALUATION,
     pb.CONFIRM: pb.CONFIRMATION,
     pb.UNMASK: pb.UNMASKING,
+    pb.WRAP: pb.WRAPPED_KEY,
+    pb.DECRYPT: pb.DECRYPTION,
 }
 
 

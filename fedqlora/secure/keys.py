@@ -11,7 +11,7 @@ Guarantees, each restated by a test in tests/fedqlora/secure:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -121,6 +121,55 @@ def verify_round_key(
             "and round; find out who changed it",
         ) from None
     return public
+
+
+def check_group(
+    round_keys: Sequence[pb.RoundKey],
+    known: Mapping[str, Ed25519PublicKey],
+    *,
+    run: str,
+    round_: int,
+    site: str,
+    own: bytes,
+    least: int,
+) -> Group:
+    """The sites of a round, once every key was checked; no data is needed.
+
+    Args:
+        round_keys: as they travelled.
+        known: the signing keys that `site` has pinned, its own included.
+        run: the run at hand.
+        round_: the round at hand.
+        site: who checks.
+        own: its present X25519 public key.
+        least: fewest sites that it takes part with, itself included.
+
+    Raises:
+        SecureAggregationError: a site is not pinned, a key is not its owner's for this round, or
+            the sites are too few or too many.
+    """
+    keys: dict[str, bytes] = {}
+    for one in round_keys:
+        if one.site not in known:
+            raise SecureAggregationError(
+                "secure_aggregation.peers",
+                f"the policy of site {site} pins no key of site {one.site[:40]}, with which its "
+                "update would be summed; pin it under [peers], or leave that site out",
+            )
+        keys[one.site] = verify_round_key(one, known[one.site], run=run, round_=round_)
+    if keys.get(site) != own or len(keys) != len(round_keys):
+        raise SecureAggregationError(
+            "secure_aggregation.keys",
+            f"the round's keys name site {site} with another key than its present one, or a site "
+            "twice; ask it for a new key",
+        )
+    if not least <= len(keys) <= MOST_SITES:
+        raise SecureAggregationError(
+            "secure_aggregation.sites",
+            f"a sum of {len(keys)} sites is asked for and site {site} takes part in one of "
+            f"{least} to {MOST_SITES}",
+        )
+    return Group(run=run, round=round_, keys=keys)
 
 
 def derive_mask_seed(private: X25519PrivateKey, own: str, peer: str, group: Group) -> bytes:

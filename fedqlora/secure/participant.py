@@ -33,12 +33,11 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from fedqlora import protocol_pb2 as pb
 from fedqlora.errors import SecureAggregationError
 from fedqlora.secure.keys import (
-    MOST_SITES,
     SEED_BYTES,
     Group,
+    check_group,
     derive_mask_seed,
     sign_round_key,
-    verify_round_key,
 )
 from fedqlora.secure.masks import Ring, add_mask, remove_mask
 from fedqlora.secure.sealing import release, seal
@@ -89,30 +88,15 @@ class Participant:
                 owner's for this round, or the sites are too few or too many.
         """
         self._expect("fresh")
-        keys: dict[str, bytes] = {}
-        for one in round_keys:
-            if one.site not in self._known:
-                raise SecureAggregationError(
-                    "secure_aggregation.peers",
-                    f"the policy of site {self._site} pins no key of site {one.site[:40]}, with "
-                    "which it would have to mask; pin it under [peers], or leave that site out",
-                )
-            keys[one.site] = verify_round_key(
-                one, self._known[one.site], run=self.secrets.run, round_=self.secrets.round
-            )
-        if keys.get(self._site) != self.advertise().public or len(keys) != len(round_keys):
-            raise SecureAggregationError(
-                "secure_aggregation.keys",
-                f"the round's keys name site {self._site} with another key than its present one, "
-                "or a site twice; ask it for a new key",
-            )
-        if not self._least <= len(keys) <= MOST_SITES:
-            raise SecureAggregationError(
-                "secure_aggregation.sites",
-                f"a sum of {len(keys)} sites is asked for and site {self._site} takes part in one "
-                f"of {self._least} to {MOST_SITES}",
-            )
-        return Group(run=self.secrets.run, round=self.secrets.round, keys=keys)
+        return check_group(
+            round_keys,
+            self._known,
+            run=self.secrets.run,
+            round_=self.secrets.round,
+            site=self._site,
+            own=self._private.public_key().public_bytes_raw(),
+            least=self._least,
+        )
 
     def mask(self, group: Group, vector: Ring) -> dict[str, bytes]:
         """Mask a vector, in place, and seal the shares that open the masks for each site.

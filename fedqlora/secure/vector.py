@@ -56,7 +56,11 @@ class Scale:
         return cls(
             sites=sites,
             most_weight=config.most_weight,
-            largest=config.secure_aggregation.largest_value,
+            largest=(
+                config.homomorphic_encryption.largest_value
+                if config.homomorphic_encryption.enabled
+                else config.secure_aggregation.largest_value
+            ),
         )
 
     @property
@@ -139,8 +143,8 @@ def pack(delta: Adapter, counts: Counts, scale: Scale, draw: Draw) -> Ring:
         found = float(np.abs(delta[name]).max(initial=0))
         if found > scale.largest:
             raise UpdateError(
-                f"update tensor {name} has a value of magnitude {found:.3g}, above "
-                f"secure_aggregation.largest_value = {scale.largest:g}; raise that"
+                f"update tensor {name} has a value of magnitude {found:.3g}, above the run's "
+                f"largest_value = {scale.largest:g}; raise that"
             )
         for part in chunks(delta[name]):
             # The random rounding: floor(x + u) is x in the mean.

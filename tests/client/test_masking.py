@@ -354,7 +354,7 @@ def test_an_update_with_a_value_out_of_range_is_refused_and_not_masked(pinned: S
     refusal = Round(pinned, config).train()
     assert isinstance(refusal, pb.Refusal)
     assert refusal.code == "UpdateError"
-    assert "above secure_aggregation.largest_value = 1e-06" in last(pinned)["reason"]
+    assert "above the run's largest_value = 1e-06" in last(pinned)["reason"]
 
 
 def test_a_policy_below_three_sites_is_refused() -> None:

@@ -106,6 +106,8 @@ def parse(sent: bytes, data: bytes) -> Any:
         pb.UPDATE: pb.Update,
         pb.CONFIRMATION: pb.Confirmation,
         pb.UNMASKING: pb.Unmasking,
+        pb.WRAPPED_KEY: pb.WrappedKey,
+        pb.DECRYPTION: pb.Decryption,
         pb.REFUSAL: pb.Refusal,
     }
     return bodies[reply.header.kind].FromString(reply.payload)

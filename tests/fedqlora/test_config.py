@@ -308,7 +308,7 @@ SECURE: dict[str, dict[str, object]] = {
                 "training": {"steps": 5000, "batch_examples": 100},
                 "aggregation": {"method": "ffa", "weighting": "tokens"},
             },
-            r'sums weights in 31 bits, .*weighting = "examples"',
+            r'sum weights in 31 bits, .*weighting = "examples"',
         ),
     ],
 )
@@ -317,6 +317,51 @@ def test_what_secure_aggregation_does_not_go_with_is_one_sentence(
 ) -> None:
     with pytest.raises(ConfigError, match=f"secure_aggregation .*{sentence}"):
         validate(RunConfig, {**SECURE, **sections}, "run.toml")
+
+
+ENCRYPTED: dict[str, dict[str, object]] = {
+    **GOOD,
+    "homomorphic_encryption": {"enabled": True, "key_site": "b"},
+    "aggregation": {"method": "ffa"},
+    "federation": {"min_sites": 3},
+}
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"aggregation": {"method": "ffa", "rule": "median"}}, r'.*rule = "mean"'),
+        (
+            {"aggregation": {"method": "ffa", "canary": 0.1}, "evaluation": {"enabled": True}},
+            r"could blame nobody",
+        ),
+        ({"training": {"control_variates": True}}, r"travel beside them in the clear"),
+        ({"federation": {"min_sites": 3, "late_updates": "use"}}, r'.*late_updates = "discard"'),
+        ({"codec": {"update": "topk"}}, r'.*update = "bfloat16"'),
+        ({"codec": {"update": "nf4"}}, r'.*update = "bfloat16"'),
+        ({"federation": {}}, r".*at least 3"),
+        ({"federation": {"min_sites": 51}}, r"built for up to 50"),
+        (
+            {
+                "training": {"steps": 5000, "batch_examples": 100},
+                "aggregation": {"method": "ffa", "weighting": "tokens"},
+            },
+            r"sum weights in 31 bits",
+        ),
+        ({"secure_aggregation": {"enabled": True}}, r"enable one of them"),
+        ({"aggregation": {"method": "fedavg"}}, r'B with a fixed A; set .*method = "ffa"'),
+        ({"aggregation": {}}, r'B with a fixed A; set .*method = "ffa"'),
+        ({"federation": {"min_sites": 3, "sample_sites": 3}}, r"a sample may lack it"),
+        ({"federation": {"min_sites": 3, "sample_fraction": 0.5}}, r"a sample may lack it"),
+        ({"homomorphic_encryption": {"enabled": True}}, r"never the coordinator; set key_site"),
+    ],
+)
+def test_what_homomorphic_encryption_does_not_go_with_is_one_sentence(
+    sections: dict[str, object], sentence: str
+) -> None:
+    validate(RunConfig, ENCRYPTED, "run.toml")
+    with pytest.raises(ConfigError, match=f"homomorphic_encryption.*{sentence}"):
+        validate(RunConfig, {**ENCRYPTED, **sections}, "run.toml")
 
 
 @pytest.mark.parametrize("method", ["fedavg", "ffa", "fedsvd", "rolora"])
@@ -344,7 +389,7 @@ def test_secure_aggregation_goes_with_privacy() -> None:
 
 def test_every_refused_combination_has_a_case_above() -> None:
     """A new row needs a test of its own, here or in test_continual_config.py: count it then."""
-    assert len(COMBINATIONS) == 43
+    assert len(COMBINATIONS) == 46
 
 
 def test_exact_svd_is_the_default_and_keeps_four_times_the_rank() -> None:

@@ -95,7 +95,7 @@ def test_a_figure_that_would_wrap_is_cut_at_the_most() -> None:
 @pytest.mark.parametrize(
     ("values", "counts", "reason"),
     [
-        ([1.01] * 10, Counts(), "above secure_aggregation.largest_value = 1"),
+        ([1.01] * 10, Counts(), "above the run's largest_value = 1"),
         ([0.0] * 10, Counts(weight=0), "weight 0 has no place"),
         ([0.0] * 10, Counts(weight=8), "weight 8 has no place"),
         ([0.0] * 10, Counts(examples=2**31), "too large for a sum of 3 sites"),
