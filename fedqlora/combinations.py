@@ -333,5 +333,67 @@ COMBINATIONS = (
         "continual.max_general_loss needs the plain questions; set evaluation.probe = true or "
         "leave it out",
     ),
+    Combination(
+        lambda run: run.site_privacy.enabled and run.aggregation.method == "exact_svd",
+        "site_privacy clips and noises A and B, of which exact_svd then takes products, in which "
+        'one site would count without bound; set aggregation.method = "fedavg" or "ffa"',
+    ),
+    Combination(
+        lambda run: run.site_privacy.enabled and run.aggregation.rule != "mean",
+        "site_privacy bounds what one site adds to a sum, and this aggregation.rule takes none; "
+        'set aggregation.rule = "mean"',
+    ),
+    Combination(
+        lambda run: run.site_privacy.enabled and run.sums_only,
+        "site_privacy clips each update at the coordinator, which under secure_aggregation or "
+        "homomorphic_encryption sees none; leave one of them out",
+    ),
+    Combination(
+        lambda run: run.site_privacy.enabled and run.aggregation.weighting != "uniform",
+        "site_privacy hides a site only where all count the same, and counts would be released; "
+        'set aggregation.weighting = "uniform"',
+    ),
+    Combination(
+        lambda run: run.site_privacy.enabled and run.federation.expected_sites is None,
+        "site_privacy divides by a number that does not depend on who takes part; set "
+        "federation.expected_sites",
+    ),
+    Combination(
+        lambda run: (
+            run.site_privacy.enabled
+            and (run.federation.expected_sites or 0) < 30
+            and not run.site_privacy.few_sites
+        ),
+        "site_privacy with fewer than 30 sites leaves no signal: its noise is hundreds of times as "
+        'long as the mean; set privacy.unit = "patient" instead, or site_privacy.few_sites = true '
+        "if you want it all the same",
+    ),
+    Combination(
+        lambda run: run.site_privacy.enabled and run.aggregation.canary is not None,
+        "site_privacy promises that no round depends on one site, and aggregation.canary sets "
+        "rounds back because of one; leave one of them out",
+    ),
+    Combination(
+        lambda run: run.site_privacy.enabled and run.training.control_variates,
+        "site_privacy noises updates, and training.control_variates would send all sites their "
+        "mean gradient without noise; set training.control_variates = false",
+    ),
+    Combination(
+        lambda run: (
+            run.site_privacy.enabled
+            and (run.federation.sample_fraction < 1 or run.federation.sample_sites is not None)
+        ),
+        "site_privacy counts every site in every round, and in a sample of a fixed size one site "
+        "takes another's place; leave federation.sample_fraction and federation.sample_sites out",
+    ),
+    Combination(
+        lambda run: (
+            run.site_privacy.enabled
+            and run.continual.orthogonal
+            and run.aggregation.method != "ffa"
+        ),
+        "site_privacy adds noise to A, which is then no longer apart from earlier tasks as "
+        'continual.orthogonal keeps it; set aggregation.method = "ffa"',
+    ),
 )
 """All combinations that a run's configuration refuses; a test has one case for each."""

@@ -22,6 +22,7 @@ from fedqlora.errors import ConfigError
 from fedqlora.homomorphic_encryption_config import HomomorphicEncryptionConfig
 from fedqlora.section import Section
 from fedqlora.server_optimizer_config import ServerOptimizerConfig
+from fedqlora.site_privacy_config import SitePrivacyConfig
 
 
 class ModelConfig(Section):
@@ -231,6 +232,7 @@ class RunConfig(Section):
     codec: CodecConfig = CodecConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     privacy: PrivacyConfig = PrivacyConfig()
+    site_privacy: SitePrivacyConfig = SitePrivacyConfig()
     secure_aggregation: SecureAggregationConfig = SecureAggregationConfig()
     homomorphic_encryption: HomomorphicEncryptionConfig = HomomorphicEncryptionConfig()
     continual: ContinualConfig = ContinualConfig()

@@ -20,6 +20,7 @@ from fedqlora.halves import select_trained
 from fedqlora.secure import ckks
 from server.aggregation.aggregate import Aggregate
 from server.aggregation.control import select_control
+from server.aggregation.site_privacy import noise_multiplier
 from server.canary import Canary
 from server.checkpoint import Checkpoint, Origin, RunFolder
 from server.encrypted_round import EncryptedRound
@@ -61,6 +62,8 @@ def federate(
     config = folder.config()
     if config.homomorphic_encryption.enabled:
         ckks.check_installed()
+    if config.site_privacy.enabled:
+        noise_multiplier(config)  # a promise that cannot be kept ends the run here
     metrics = Metrics(folder.path / "metrics.jsonl")
     checkpoint = folder.latest()
     metrics.forget_after(checkpoint.round if checkpoint else -1)
@@ -135,7 +138,9 @@ def run_round(
     elif config.homomorphic_encryption.enabled:
         intake = EncryptedRound(config, round_, before, addressees, sites, exchange)
     else:
-        intake = Intake(config, round_, before, running_medians(metrics.read()), sites.expected)
+        # Held to the others' norms, one site would decide about another's update.
+        medians = {} if config.site_privacy.enabled else running_medians(metrics.read())
+        intake = Intake(config, round_, before, medians, sites.expected)
     outcomes = dict(excluded)
     for answer in exchange.ask(
         addressees,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedqlora.adapter import Adapter
+from fedqlora.adapter import Adapter, AdapterSpec
 from fedqlora.config import RunConfig
 from fedqlora.halves import select_trained
 from server.aggregation.aggregate import Aggregator
@@ -28,6 +28,7 @@ from server.aggregation.norm_clipping import (
     product_length,
 )
 from server.aggregation.rolora import RoLora
+from server.aggregation.site_privacy import SitePrivacy
 
 
 def start_aggregation(
@@ -50,6 +51,7 @@ def start_aggregation(
 
     Raises:
         UpdateError: the method cannot aggregate this adapter.
+        PrivacyError: no noise keeps the run's promise to its sites.
     """
     # A method that averages products measures products, every other one its factors.
     in_products = config.aggregation.method == "exact_svd"
@@ -75,6 +77,10 @@ def start_aggregation(
         many = config.aggregation.rule == "multi_krum"
         return select_by_krum(updates, distances, malicious, many=many)
 
+    if config.site_privacy.enabled:
+        names = select_trained(adapter, config.aggregation.method, round_)
+        spec = AdapterSpec.of({name: adapter[name] for name in names})
+        return SitePrivacy(start(), spec, config, round_, memory)
     match config.aggregation.rule:
         case "mean":
             return Collected(start, lambda updates: updates) if held else start()

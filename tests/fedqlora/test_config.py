@@ -364,6 +364,55 @@ def test_what_homomorphic_encryption_does_not_go_with_is_one_sentence(
         validate(RunConfig, {**ENCRYPTED, **sections}, "run.toml")
 
 
+UNIFORM = {"method": "fedavg", "weighting": "uniform"}
+HIDDEN: dict[str, dict[str, object]] = {
+    **GOOD,
+    "site_privacy": {"epsilon": 4.0},
+    "aggregation": UNIFORM,
+    "federation": {"expected_sites": 30, "min_sites": 3},
+}
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"aggregation": {"weighting": "uniform"}}, r"exact_svd then takes products"),
+        ({"aggregation": {**UNIFORM, "rule": "median"}}, r'takes none; set .*rule = "mean"'),
+        ({"secure_aggregation": {"enabled": True}}, r"clips each update at the coordinator"),
+        (
+            {
+                "aggregation": {"method": "ffa", "weighting": "uniform"},
+                "homomorphic_encryption": {"enabled": True, "key_site": "b"},
+            },
+            r"clips each update at the coordinator",
+        ),
+        ({"aggregation": {"method": "fedavg"}}, r'set aggregation.weighting = "uniform"'),
+        ({"federation": {}}, r"who takes part; set federation.expected_sites"),
+        ({"federation": {"expected_sites": 29}}, r"leaves no signal.*few_sites = true"),
+        (
+            {"aggregation": {**UNIFORM, "canary": 0.1}, "evaluation": {"enabled": True}},
+            r"sets rounds back because of one",
+        ),
+        ({"training": {"control_variates": True}}, r"mean gradient without noise"),
+        ({"federation": {"expected_sites": 40, "sample_sites": 30}}, r"takes another's place"),
+        ({"federation": {"expected_sites": 40, "sample_fraction": 0.5}}, r"takes another's place"),
+        ({"continual": {"earlier": ["t"], "orthogonal": True}}, r"adds noise to A.*method = .ffa"),
+    ],
+)
+def test_what_site_privacy_does_not_go_with_is_one_sentence(
+    sections: dict[str, object], sentence: str
+) -> None:
+    validate(RunConfig, HIDDEN, "run.toml")
+    with pytest.raises(ConfigError, match=f"site_privacy .*{sentence}"):
+        validate(RunConfig, {**HIDDEN, **sections}, "run.toml")
+
+
+def test_few_sites_are_an_explicit_wish() -> None:
+    few = {"epsilon": 4.0, "few_sites": True}
+    asked = {**HIDDEN, "site_privacy": few, "federation": {"expected_sites": 3}}
+    assert validate(RunConfig, asked, "run.toml").site_privacy.enabled
+
+
 @pytest.mark.parametrize("method", ["fedavg", "ffa", "fedsvd", "rolora"])
 def test_secure_aggregation_goes_with_methods_that_take_a_mean(method: str) -> None:
     for update in ("bfloat16", "float32"):
@@ -389,7 +438,7 @@ def test_secure_aggregation_goes_with_privacy() -> None:
 
 def test_every_refused_combination_has_a_case_above() -> None:
     """A new row needs a test of its own, here or in test_continual_config.py: count it then."""
-    assert len(COMBINATIONS) == 46
+    assert len(COMBINATIONS) == 56
 
 
 def test_exact_svd_is_the_default_and_keeps_four_times_the_rank() -> None:
