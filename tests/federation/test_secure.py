@@ -26,17 +26,20 @@ def pinned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
         yield running
 
 
-def new_run(hospitals: Hospitals, *, enabled: bool) -> RunFolder:
-    config = {
+def new_run(
+    hospitals: Hospitals, *, enabled: bool, method: str = "fedavg", **sections: dict[str, object]
+) -> RunFolder:
+    config: dict[str, object] = {
         "name": "masked" if enabled else "plain",
         "model": {"base": "tiny-llama", "compute_dtype": "float32"},
         "lora": {"rank": 4},
         "training": {"steps": 2, "batch_examples": 4, "max_length": 64},
         "data": {"validation_examples": 4},
         "federation": {"rounds": 2, "wait_seconds": 60, "min_sites": 3},
-        "aggregation": {"method": "fedavg"},
+        "aggregation": {"method": method},
         "codec": {"update": "float32"},
         "secure_aggregation": {"enabled": enabled},
+        **sections,
     }
     return RunFolder.create(hospitals.runs, validate(RunConfig, config, "test"))
 
@@ -48,6 +51,15 @@ def adapter(folder: RunFolder, round_: int) -> dict[str, np.ndarray]:
 def audit(hospitals: Hospitals, site: str) -> list[dict[str, object]]:
     path = hospitals.scratch / "processes" / f"trainer-{site}" / "audit.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def permit(hospitals: Hospitals, site: str, more: str = "") -> None:
+    """Require nothing any longer, add a section to the policy, start the trainer again."""
+    policy = hospitals.scratch / f"{site}.toml"
+    text = policy.read_text().replace("required = true", "required = false")
+    policy.write_text(text + more)
+    hospitals.federation.stop_process(f"trainer-{site}")
+    hospitals.federation.start_process(f"trainer-{site}")
 
 
 def test_a_masked_run_gives_the_plain_mean_and_a_plain_run_is_refused_by_policy(
@@ -71,10 +83,7 @@ def test_a_masked_run_gives_the_plain_mean_and_a_plain_run_is_refused_by_policy(
     assert not pinned.run(plain).completed
     assert "secure_aggregation.required" in str(plain.status()["error"])
     for site in SITES:
-        policy = pinned.scratch / f"{site}.toml"
-        policy.write_text(policy.read_text().replace("required = true", "required = false"))
-        pinned.federation.stop_process(f"trainer-{site}")
-        pinned.federation.start_process(f"trainer-{site}")
+        permit(pinned, site)
     plain = new_run(pinned, enabled=False)
     assert pinned.run(plain).completed, plain.status()
     # Each of three values is rounded by up to a step, and weights are at their most.
@@ -83,6 +92,30 @@ def test_a_masked_run_gives_the_plain_mean_and_a_plain_run_is_refused_by_policy(
         np.testing.assert_allclose(adapter(masked, 1)[name], value, rtol=2e-7, atol=step)
     for name, value in adapter(plain, 2).items():
         np.testing.assert_allclose(adapter(masked, 2)[name], value, atol=1e-4)
+
+
+def test_an_encrypted_run_gives_the_plain_mean_and_only_the_named_site_decrypts(
+    pinned: Hospitals,
+) -> None:
+    for site in SITES:
+        permit(pinned, site, '[homomorphic_encryption]\nkey_sites = ["b"]\n')
+    once: dict[str, object] = {"rounds": 1, "wait_seconds": 60, "min_sites": 3}
+    encrypted = new_run(
+        pinned,
+        enabled=False,
+        method="ffa",
+        federation=once,
+        homomorphic_encryption={"enabled": True, "key_site": "b"},
+    )
+    assert pinned.run(encrypted).completed, encrypted.status()
+    plain = new_run(pinned, enabled=False, method="ffa", federation=once)
+    assert pinned.run(plain).completed, plain.status()
+    for name, value in adapter(plain, 1).items():
+        np.testing.assert_allclose(adapter(encrypted, 1)[name], value, atol=1e-5)
+    for site in SITES:
+        events = {line["event"] for line in audit(pinned, site)}
+        assert ("decrypted" in events, "wrapped" in events) == (site == "b", site == "b")
+    assert [line["examples"] for line in _lines(encrypted) if line["event"] == "round"] == [24]
 
 
 def _lines(folder: RunFolder) -> list[dict[str, object]]:
