@@ -37,6 +37,7 @@ x-build: &build
     PIP_INDEX_URL: ${PIP_INDEX_URL:-}
     TORCH_INDEX_URL: ${TORCH_INDEX_URL:-}
     OFFLINE: ${OFFLINE:-}
+    EXTRAS: ${EXTRAS:-}
     REVISION: ${REVISION:-unknown}
   secrets: [ca_bundle]
 
