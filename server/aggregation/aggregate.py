@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -61,3 +61,26 @@ def check_weight(site: str, weight: int) -> None:
         raise UpdateError(
             f"site {site}'s update has weight {weight}; it needs at least one example"
         )
+
+
+def check_first(site: str, seen: Container[str]) -> None:
+    """Refuse a site's second update of a round.
+
+    Raises:
+        UpdateError: the site is among those seen.
+    """
+    if site in seen:
+        raise UpdateError(f"site {site} sent a second update in one round; it counts once")
+
+
+def keep_update(
+    updates: dict[str, tuple[Adapter, int]], site: str, delta: Adapter, weight: int
+) -> None:
+    """Hold a site's update until the round is finished; see Aggregator.add.
+
+    Raises:
+        UpdateError: the weight is not positive, or the site has sent one already.
+    """
+    check_weight(site, weight)
+    check_first(site, updates)
+    updates[site] = (delta, weight)

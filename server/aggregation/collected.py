@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from fedqlora.adapter import Adapter
 from fedqlora.errors import UpdateError
-from server.aggregation.aggregate import Aggregate, Aggregator, check_weight
+from server.aggregation.aggregate import Aggregate, Aggregator, keep_update
 
 Updates = Mapping[str, tuple[Adapter, int]]
 """Site -> its delta and weight, in the order of the sites' names."""
@@ -37,10 +37,7 @@ class Collected:
         Raises:
             UpdateError: the weight is not positive, or the site has sent one already.
         """
-        check_weight(site, weight)
-        if site in self._updates:
-            raise UpdateError(f"site {site} sent a second update in one round; it counts once")
-        self._updates[site] = (delta, weight)
+        keep_update(self._updates, site, delta, weight)
 
     def finish(self) -> Aggregate:
         """What the method makes of what the rule gives it.

@@ -13,7 +13,7 @@ import numpy as np
 
 from fedqlora.adapter import INITIAL_ROW_NORM, Adapter, FloatArray, rank_of
 from fedqlora.errors import UpdateError
-from server.aggregation.aggregate import Aggregate, check_weight
+from server.aggregation.aggregate import Aggregate, keep_update
 from server.aggregation.factors import Layer, Matrix, Product, decompose, pad_rank, pair_layers
 from server.aggregation.momentum import Momentum
 
@@ -59,10 +59,7 @@ class ExactSvd:
         Raises:
             UpdateError: the weight is not positive, or the site has sent one already.
         """
-        check_weight(site, weight)
-        if site in self._updates:
-            raise UpdateError(f"site {site} sent a second update in one round; it counts once")
-        self._updates[site] = (delta, weight)
+        keep_update(self._updates, site, delta, weight)
 
     def finish(self) -> Aggregate:
         """Both adapters, and the norms of the residual and of what its cap discarded.

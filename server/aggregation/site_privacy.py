@@ -28,7 +28,7 @@ from fedqlora.adapter import Adapter, AdapterSpec, chunks, norm
 from fedqlora.config import RunConfig
 from fedqlora.errors import ConfigError, UpdateError
 from fedqlora.privacy.noise import SecureNoise
-from server.aggregation.aggregate import Aggregate, Aggregator
+from server.aggregation.aggregate import Aggregate, Aggregator, check_first
 
 log = logging.getLogger("server")
 
@@ -77,8 +77,7 @@ class SitePrivacy:
         Raises:
             UpdateError: it is the site's second one, or has another weight than one.
         """
-        if site in self._seen:
-            raise UpdateError(f"site {site} sent a second update in one round; it counts once")
+        check_first(site, self._seen)
         if weight != 1:
             raise UpdateError(f"site {site}'s update has weight {weight}, and all count once here")
         length = norm(delta)
