@@ -8,7 +8,6 @@ was decrypted, or a fresh round key took its place.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 from collections.abc import Mapping, Sequence
@@ -21,12 +20,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from client.policy import Policy
+from client.run_files import RunFiles
 from fedqlora import protocol_pb2 as pb
-from fedqlora.adapter import Adapter, AdapterSpec, check_update
+from fedqlora.adapter import Adapter
 from fedqlora.config import RunConfig
 from fedqlora.errors import DataError, EncryptionError, UpdateError
-from fedqlora.files import write_durably
-from fedqlora.privacy.noise import SecureNoise
 from fedqlora.secure import ckks
 from fedqlora.secure.encryption import (
     SEED_BYTES,
@@ -38,7 +36,7 @@ from fedqlora.secure.encryption import (
 )
 from fedqlora.secure.keys import Group, check_group, sign_round_key
 from fedqlora.secure.masks import to_bytes
-from fedqlora.secure.vector import Counts, Scale, pack
+from fedqlora.secure.vector import Counts, pack_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,15 +90,15 @@ class Encrypting:
         key: Ed25519PrivateKey,
     ) -> None:
         self._site = site
-        self._folder = folder
+        self._files = RunFiles(folder)
         self._least = policy.secure_aggregation.sites
         self._known = {**peers, site: key.public_key()}
         self._key = key
 
     def renew(self, run: str, round_: int) -> pb.RoundKey:
         """Replace the run's round key by a fresh one; what a round's key had to open stays shut."""
-        path = self._path(run)
-        opened = self._read(path).opened if path.exists() else {}
+        before = self._read(run)
+        opened = before.opened if before else {}
         kept = _Kept.make(run, round_, opened)
         self._keep(kept)
         return sign_round_key(
@@ -179,11 +177,7 @@ class Encrypting:
         """
         kept, holder = self._now(header), str(config.homomorphic_encryption.key_site)
         public, seed = unwrap(self._site, kept.key, group, holder, wrapped)
-        check_update(delta, AdapterSpec.of(delta), config.aggregation.max_update_norm)
-        weights = {"examples": counts.examples, "tokens": counts.tokens, "uniform": 1}
-        weighted = replace(counts, weight=weights[config.aggregation.weighting])
-        vector = pack(delta, weighted, Scale.of(config, len(group.sites)), SecureNoise().uniform)
-        values = vector.view(np.int32)
+        values = pack_for(config, len(group.sites), delta, counts).view(np.int32)
         own = checksum(values, seed)
         update = pb.Update(
             encrypted=pb.Encrypted(
@@ -261,8 +255,7 @@ class Encrypting:
 
     def _now(self, header: pb.Header) -> _Kept:
         """What belongs to the round of an instruction."""
-        path = self._path(header.run)
-        kept = self._read(path) if path.exists() else None
+        kept = self._read(header.run)
         if kept is None or kept.round != header.round:
             raise EncryptionError(
                 "homomorphic_encryption.round",
@@ -272,10 +265,13 @@ class Encrypting:
         return kept
 
     def _keep(self, kept: _Kept) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_durably(self._path(kept.run), json.dumps(asdict(kept)).encode(), mode=0o600)
+        self._files.write(kept.run, json.dumps(asdict(kept)))
 
-    def _read(self, path: Path) -> _Kept:
+    def _read(self, run: str) -> _Kept | None:
+        """What is kept of a run; None before the first round key."""
+        path = self._files.path(run)
+        if not path.exists():
+            return None
         try:
             return _Kept(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
@@ -283,7 +279,3 @@ class Encrypting:
                 f"{path} is damaged; restore it from a backup, for without it this run's rounds "
                 "could be decrypted a second time"
             ) from None
-
-    def _path(self, run: str) -> Path:
-        # A digest, since a run's name comes from outside.
-        return self._folder / f"{hashlib.sha256(run.encode()).hexdigest()}.json"

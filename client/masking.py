@@ -9,25 +9,22 @@ does not open the site's own update: its own mask is kept in the other sites' sh
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from client.policy import Policy
+from client.run_files import RunFiles
 from fedqlora import protocol_pb2 as pb
-from fedqlora.adapter import Adapter, AdapterSpec, check_update
+from fedqlora.adapter import Adapter
 from fedqlora.config import RunConfig
 from fedqlora.errors import DataError, PolicyRefusal, SecureAggregationError
-from fedqlora.files import write_durably
-from fedqlora.privacy.noise import SecureNoise
 from fedqlora.secure.keys import Group
 from fedqlora.secure.masks import to_bytes
 from fedqlora.secure.participant import Participant
 from fedqlora.secure.state import Secrets
-from fedqlora.secure.vector import Counts, Scale, pack
+from fedqlora.secure.vector import Counts, pack_for
 
 
 class Masking:
@@ -50,7 +47,7 @@ class Masking:
         key: Ed25519PrivateKey,
     ) -> None:
         self._site = site
-        self._folder = folder
+        self._files = RunFiles(folder)
         self._least = policy.secure_aggregation.sites
         self._peers = peers
         self._key = key
@@ -72,8 +69,8 @@ class Masking:
 
     def renew(self, run: str, round_: int) -> pb.RoundKey:
         """Replace the run's key by a fresh one for a round; what the old one masked stays so."""
-        path = self._path(run)
-        opened = self._read(path).opened if path.exists() else {}
+        before = self._read(run)
+        opened = before.opened if before else {}
         return self._keep(Secrets.make(run, round_, opened)).advertise()
 
     def join(self, header: pb.Header, round_keys: Sequence[pb.RoundKey]) -> Group:
@@ -100,11 +97,7 @@ class Masking:
             UpdateError: a value is not finite or too large; nothing was masked.
             SecureAggregationError: the key has masked an update before.
         """
-        check_update(delta, AdapterSpec.of(delta), config.aggregation.max_update_norm)
-        weights = {"examples": counts.examples, "tokens": counts.tokens, "uniform": 1}
-        weighted = replace(counts, weight=weights[config.aggregation.weighting])
-        scale = Scale.of(config, len(group.sites))
-        vector = pack(delta, weighted, scale, SecureNoise().uniform)
+        vector = pack_for(config, len(group.sites), delta, counts)
         participant = self._participant(header)
         sealed = participant.mask(group, vector)
         self._keep(participant.secrets)
@@ -137,8 +130,7 @@ class Masking:
 
     def _participant(self, header: pb.Header) -> Participant:
         """The site in the round of an instruction."""
-        path = self._path(header.run)
-        secrets = self._read(path) if path.exists() else None
+        secrets = self._read(header.run)
         if secrets is None or secrets.round != header.round:
             raise SecureAggregationError(
                 "secure_aggregation.round",
@@ -149,11 +141,14 @@ class Masking:
 
     def _keep(self, secrets: Secrets) -> Participant:
         """Write a run's secrets, then use them."""
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_durably(self._path(secrets.run), secrets.to_json().encode(), mode=0o600)
+        self._files.write(secrets.run, secrets.to_json())
         return Participant(self._site, self._key, self._peers, self._least, secrets)
 
-    def _read(self, path: Path) -> Secrets:
+    def _read(self, run: str) -> Secrets | None:
+        """A run's secrets; None before the first."""
+        path = self._files.path(run)
+        if not path.exists():
+            return None
         try:
             return Secrets.from_json(path.read_text())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -161,7 +156,3 @@ class Masking:
                 f"{path} is damaged; restore it from a backup, for without it this run's rounds "
                 "could be opened a second time"
             ) from None
-
-    def _path(self, run: str) -> Path:
-        # A digest, since a run's name comes from outside.
-        return self._folder / f"{hashlib.sha256(run.encode()).hexdigest()}.json"

@@ -21,24 +21,22 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from client.budget import Budget
 from client.control import Control
-from client.encrypting import Encrypting
 from client.examples import Reader
 from client.feedback import Feedback
 from client.ledger import Ledger, Plan
-from client.masking import Masking
 from client.peers import load_peers
 from client.policy import (
     Policy,
     check,
-    check_key_site,
     load_policy,
     own_training,
     training_rank,
 )
+from client.sums import Sums, describe_company, read_content
 from client.textfile import Textfile
 from fedqlora import VERSION
 from fedqlora import protocol_pb2 as pb
-from fedqlora.adapter import Adapter, AdapterSpec, check_residual, check_update, lower_rank
+from fedqlora.adapter import Adapter, check_residual, check_update, lower_rank
 from fedqlora.audit import AuditLog, digest_of
 from fedqlora.codec import decode, encode
 from fedqlora.config import RunConfig
@@ -53,9 +51,8 @@ from fedqlora.engine.train import mean_loss, train
 from fedqlora.engine.warm import WarmModel
 from fedqlora.envelope import Answer, Instruction
 from fedqlora.errors import AuditError, FedqloraError, PolicyRefusal, UpdateError
-from fedqlora.halves import select_trained
+from fedqlora.halves import trained_spec
 from fedqlora.head import Head, head_facts
-from fedqlora.secure import ckks
 from fedqlora.secure.keys import Group
 from fedqlora.secure.vector import Counts
 
@@ -109,8 +106,7 @@ class Trainer:
         self._control = Control(state / "control")
         self._textfile = Textfile(state / "metrics.prom", audit)
         self._budget = Budget(site, state, policy, key)
-        self._masking = Masking(site, state / "secagg", policy, peers, key)
-        self._encrypting = Encrypting(site, state / "encryption", policy, peers, key)
+        self._sums = Sums(site, state, policy, peers, key)
 
     def perform(self, header: pb.Header, config: RunConfig, body: Instruction) -> Answer:
         """Carry out one verified instruction; see engine/service.py.
@@ -122,28 +118,14 @@ class Trainer:
         """
         if isinstance(body, pb.Evaluate):
             raise PolicyRefusal("evaluate", "a site describes and trains only; ask the evaluator")
-        if isinstance(body, pb.Confirm):
-            return self._confirm(header, body)
-        if isinstance(body, pb.Unmask):
-            return self._unmask(header, config, body)
-        if isinstance(body, pb.Wrap):
-            return self._wrap(header, config, body)
-        if isinstance(body, pb.Decrypt):
-            return self._decrypt(header, config, body)
+        if not isinstance(body, pb.Describe | pb.Train):
+            answer, event, facts = self._sums.answer(header, config, body)
+            self._record(event, header, **facts)
+            return answer
         folder = resolve_base(config.model.base, self._models)
         digest = self._warm.digest(folder)
         check(self._policy, config, header.round, digest)
-        group = None
-        if config.secure_aggregation.enabled:
-            self._masking.check()
-            if isinstance(body, pb.Train):
-                group = self._masking.join(header, body.round_keys)
-        elif config.homomorphic_encryption.enabled:
-            ckks.check_installed()
-            check_key_site(self._policy, config, self._site)
-            self._masking.check()
-            if isinstance(body, pb.Train):
-                group = self._encrypting.join(header, body.round_keys)
+        group = self._sums.join(header, config, body)
         ledger = None
         if config.privacy.unit != "none":
             ledger = self._budget.open(body.ledger_heads)
@@ -200,10 +182,9 @@ class Trainer:
         adapter, residual = self._receive(base, config, body)
         held = validation[: config.data.validation_examples]
         before = mean_loss(base, adapter, held, config.training, residual) if held else None
-        trained = select_trained(adapter, config.aggregation.method, header.round)
+        spec = trained_spec(adapter, config.aggregation.method, header.round)
         correction = None
         if config.training.control_variates:
-            spec = AdapterSpec.of({name: adapter[name] for name in trained})
             correction = self._control.correction(
                 body.control, spec, run=header.run, round_=header.round
             )
@@ -217,7 +198,7 @@ class Trainer:
             round_=header.round,
             rounds=config.federation.rounds,
             residual=residual,
-            trained=trained,
+            trained=spec.names,
             correction=correction,
             penalty=_penalty(base, config, body),
             orthogonal=config.continual.orthogonal,
@@ -248,10 +229,10 @@ class Trainer:
             "trained",
             header,
             bytes_out=update.ByteSize(),
-            tensors=digest_of(_content(update)),
+            tensors=digest_of(read_content(update)),
             figures=",".join(sorted(leaving)),
             **({} if correction is None else {"control": digest_of(update.control.data)}),
-            **_company(config, group),
+            **describe_company(config, group),
         )
         log.info("round %s: %s examples", header.round, result.examples)
         return update
@@ -301,15 +282,17 @@ class Trainer:
             rounds=config.federation.rounds,
         )
         update = self._pack(header, config, body, group, result.delta, Counts())
-        update.receipt = self._budget.charge(ledger, plan, config, header, digest, _content(update))
+        update.receipt = self._budget.charge(
+            ledger, plan, config, header, digest, read_content(update)
+        )
         update.ledger_head = ledger.head
         self._record(
             "trained",
             header,
             bytes_out=update.ByteSize(),
-            tensors=digest_of(_content(update)),
+            tensors=digest_of(read_content(update)),
             ledger_head=ledger.head,
-            **_company(config, group),
+            **describe_company(config, group),
         )
         log.info("round %s: %s private steps", header.round, config.training.steps)
         return update
@@ -324,47 +307,14 @@ class Trainer:
         counts: Counts,
     ) -> pb.Update:
         """What leaves of a round: masked or encrypted where there is a group, else encoded."""
-        if group is not None and config.homomorphic_encryption.enabled:
-            key = body.encryption_key
-            return self._encrypting.encrypt(header, config, group, key, delta, counts)
         if group is not None:
-            return pb.Update(masked=self._masking.mask(header, config, group, delta, counts))
+            return self._sums.pack(header, config, body, group, delta, counts)
         return pb.Update(
             delta=self._feedback.encode(delta, config.codec, run=header.run, round_=header.round),
             examples=counts.examples,
             tokens=counts.tokens,
             metrics=counts.figures,
         )
-
-    def _confirm(self, header: pb.Header, body: pb.Confirm) -> pb.Confirmation:
-        """Sign a round's list of survivors."""
-        confirmation = self._masking.confirm(header, body.alive)
-        self._record("confirmed", header, sites=",".join(body.alive))
-        return confirmation
-
-    def _unmask(self, header: pb.Header, config: RunConfig, body: pb.Unmask) -> pb.Unmasking:
-        """Give the shares that open the sum of the confirmed survivors."""
-        unmasking = self._masking.unmask(header, config, body)
-        self._record("unmasked", header, signatures=len(body.signatures))
-        return unmasking
-
-    def _wrap(self, header: pb.Header, config: RunConfig, body: pb.Wrap) -> pb.WrappedKey:
-        """Make a round's key, and wrap it for the sites that the policy pins."""
-        wrapped = self._encrypting.wrap(header, config, body)
-        self._record("wrapped", header, sites=",".join(sorted(wrapped.wrapped)))
-        return wrapped
-
-    def _decrypt(self, header: pb.Header, config: RunConfig, body: pb.Decrypt) -> pb.Decryption:
-        """The sum of the sites named, which its checksums prove it to be."""
-        decryption = self._encrypting.decrypt(header, config, body)
-        self._record(
-            "decrypted",
-            header,
-            sites=",".join(body.alive),
-            bytes_out=decryption.ByteSize(),
-            tensors=digest_of(decryption.values),
-        )
-        return decryption
 
     def _describe(
         self,
@@ -378,10 +328,9 @@ class Trainer:
         """Round 0: what this site would train, and where its ledger stands in a private run."""
         described = _describe(base, digest, config.lora.rank)
         facts = {}
-        if config.secure_aggregation.enabled:
-            described.round_key.CopyFrom(self._masking.renew(header.run, body.next_round))
-        elif config.homomorphic_encryption.enabled:
-            described.round_key.CopyFrom(self._encrypting.renew(header.run, body.next_round))
+        round_key = self._sums.renew(header.run, body.next_round, config)
+        if round_key is not None:
+            described.round_key.CopyFrom(round_key)
         if ledger is not None:
             check_exactness(base, config.training)
             described.ledger_head = ledger.head
@@ -407,23 +356,6 @@ class Trainer:
         # A refused header may be anybody's: its text is bounded.
         self._audit.append(event, run=header.run[:_RUN_LENGTH], round=header.round, **facts)
         self._textfile.note(event, time.time(), int(facts.get("bytes_out", 0)))
-
-
-def _content(update: pb.Update) -> bytes:
-    """The bytes of an update's tensors, as they leave."""
-    ciphertexts = b"".join(update.encrypted.ciphertexts)
-    return ciphertexts or update.masked.values or update.delta.data
-
-
-def _company(config: RunConfig, group: Group | None) -> dict[str, str]:
-    """With whom an update was masked, or under whose key and for which sum it was encrypted."""
-    if group is None:
-        return {}
-    sites = ",".join(group.sites)
-    if config.homomorphic_encryption.enabled:
-        key_site = str(config.homomorphic_encryption.key_site)
-        return {"encrypted_with": sites, "key_site": key_site}
-    return {"masked_with": sites}
 
 
 def _penalty(base: BaseModel, config: RunConfig, body: pb.Train) -> Penalty | None:

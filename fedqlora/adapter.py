@@ -43,6 +43,11 @@ class AdapterSpec:
         return cls(shapes=tuple(sorted((name, tuple(a.shape)) for name, a in adapter.items())))
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors, sorted."""
+        return tuple(name for name, _ in self.shapes)
+
+    @property
     def parameters(self) -> int:
         """Number of values in all tensors."""
         return sum(int(np.prod(shape)) for _, shape in self.shapes)

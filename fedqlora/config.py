@@ -275,7 +275,10 @@ class RunConfig(Section):
     def most_weight(self) -> int:
         """The largest weight that a site can earn in a round."""
         examples = self.training.steps * self.training.batch_examples
-        tokens = examples * self.training.max_length
+        return self.weight_of(examples, examples * self.training.max_length)
+
+    def weight_of(self, examples: int, tokens: int) -> int:
+        """The weight of a site that trained so much."""
         return {"examples": examples, "tokens": tokens, "uniform": 1}[self.aggregation.weighting]
 
     @property

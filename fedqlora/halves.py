@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from fedqlora.adapter import A_PART, B_PART
+from fedqlora.adapter import A_PART, B_PART, Adapter, AdapterSpec
 
 Method = Literal["exact_svd", "fedavg", "ffa", "fedsvd", "rolora"]
 
@@ -26,3 +26,9 @@ def select_trained(names: Iterable[str], method: Method, round_: int) -> tuple[s
         return tuple(names)
     half = A_PART if method == "rolora" and round_ % 2 == 0 else B_PART
     return tuple(name for name in names if half in name)
+
+
+def trained_spec(adapter: Adapter, method: Method, round_: int) -> AdapterSpec:
+    """Names and shapes of the adapter's tensors that train in a round; see `select_trained`."""
+    names = select_trained(adapter, method, round_)
+    return AdapterSpec.of({name: adapter[name] for name in names})

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import httpx
 import numpy as np
@@ -97,6 +98,16 @@ class Answer:
     sent_bytes: int = 0
     received_bytes: int = 0
     stale: bool = False
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a round records of it before its content is looked at."""
+        return {
+            "outcome": self.failure or "used",
+            "bytes_down": self.sent_bytes,
+            "bytes_up": self.received_bytes,
+            **({"stale": 1} if self.stale else {}),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

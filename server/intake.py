@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from fedqlora import protocol_pb2 as pb
-from fedqlora.adapter import Adapter, AdapterSpec, check_rank, check_update, norm, rank_of
+from fedqlora.adapter import Adapter, check_rank, check_update, norm, rank_of
 from fedqlora.codec import decode, decode_delta
 from fedqlora.config import RunConfig
 from fedqlora.errors import UpdateError
-from fedqlora.halves import select_trained
+from fedqlora.halves import trained_spec
 from server.aggregation.aggregate import Aggregate
 from server.aggregation.collected import Collected
 from server.aggregation.control import ControlMean, select_control
@@ -60,8 +60,7 @@ class Intake:
         self._adapter = before.adapter
         self._medians = medians
         self._lengths: dict[str, float] = {}
-        names = select_trained(before.adapter, config.aggregation.method, round_)
-        self._spec = AdapterSpec.of({name: before.adapter[name] for name in names})
+        self._spec = trained_spec(before.adapter, config.aggregation.method, round_)
         self._aggregator = start_aggregation(
             config, round_, before.adapter, before.residual, before.memory, medians
         )
@@ -71,12 +70,7 @@ class Intake:
 
     def fold(self, answer: Answer) -> dict[str, Any]:
         """Validate one answer and fold it in; returns what is recorded about it."""
-        facts: dict[str, Any] = {
-            "outcome": answer.failure or "used",
-            "bytes_down": answer.sent_bytes,
-            "bytes_up": answer.received_bytes,
-            **({"stale": 1} if answer.stale else {}),
-        }
+        facts = answer.facts
         update = answer.message
         if not isinstance(update, pb.Update):
             return {**facts, "reason": answer.reason}
@@ -161,5 +155,4 @@ def _weight(update: pb.Update, config: RunConfig) -> int:
             f"update claims {update.examples} examples and {update.tokens} tokens, "
             f"more than {config.training.steps} steps hold"
         )
-    weights = {"examples": update.examples, "tokens": update.tokens, "uniform": 1}
-    return int(weights[config.aggregation.weighting])
+    return config.weight_of(update.examples, update.tokens)

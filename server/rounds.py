@@ -16,7 +16,7 @@ from fedqlora.codec import encode
 from fedqlora.config import RunConfig
 from fedqlora.continual import freeze
 from fedqlora.errors import FederationError
-from fedqlora.halves import select_trained
+from fedqlora.halves import trained_spec
 from fedqlora.secure import ckks
 from server.aggregation.aggregate import Aggregate
 from server.aggregation.control import select_control
@@ -205,8 +205,7 @@ def _instruct(
     """The payload of a training instruction, the same for every site."""
     control = None
     if config.training.control_variates:
-        names = select_trained(before.adapter, config.aggregation.method, round_)
-        spec = AdapterSpec.of({name: before.adapter[name] for name in names})
+        spec = trained_spec(before.adapter, config.aggregation.method, round_)
         control = encode(select_control(before.memory, spec), "float32")
     train = pb.Train(
         config=config.model_dump_json(),

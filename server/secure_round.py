@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from fedqlora import protocol_pb2 as pb
-from fedqlora.adapter import Adapter, AdapterSpec, check_update
 from fedqlora.config import RunConfig
 from fedqlora.errors import FederationError, SecureAggregationError, UpdateError
-from fedqlora.halves import select_trained
 from fedqlora.secure.collector import Collector
 from fedqlora.secure.keys import Group
-from fedqlora.secure.vector import Scale, unpack, vector_length
 from server.aggregation.aggregate import Aggregate
-from server.aggregation.method import start_aggregation
 from server.checkpoint import Checkpoint
 from server.exchange import INVALID, Answer, Exchange
+from server.opened_sum import OpenedSum
 from server.sites import Sites
 
 log = logging.getLogger("server")
@@ -55,34 +51,22 @@ class SecureRound:
         sites: Sites,
         exchange: Exchange,
     ) -> None:
-        trained = select_trained(before.adapter, config.aggregation.method, round_)
-        spec = AdapterSpec.of({name: before.adapter[name] for name in trained})
+        self._sum = OpenedSum(config, round_, before, sites)
         self.round_keys = [sites.round_key(name) for name in sorted(names)]
         self.encryption_key: pb.WrappedKey | None = None
         keys = {one.site: one.public for one in self.round_keys}
         self._collector = Collector(
-            Group(run=exchange.run, round=round_, keys=keys), vector_length(spec)
-        )
-        # It sees the mean only, so there are no norms of single updates to hold it to.
-        self._aggregator = start_aggregation(
-            config, round_, before.adapter, before.residual, before.memory, medians={}
+            Group(run=exchange.run, round=round_, keys=keys), self._sum.length
         )
         self._config = config
         self._round = round_
-        self._spec = spec
-        self._sites = sites
         self._exchange = exchange
         self._nodes: dict[str, int] = {}
         self._missing: dict[str, str] = {}
-        self._bytes = {"opening_bytes_down": 0, "opening_bytes_up": 0}
 
     def fold(self, answer: Answer) -> dict[str, Any]:
         """Add one answer's masked update to the sum; returns what is recorded about it."""
-        facts: dict[str, Any] = {
-            "outcome": answer.failure or "used",
-            "bytes_down": answer.sent_bytes,
-            "bytes_up": answer.received_bytes,
-        }
+        facts = answer.facts
         if not isinstance(answer.message, pb.Update):
             self._missing[answer.site] = answer.reason
             return {**facts, "reason": answer.reason}
@@ -96,17 +80,6 @@ class SecureRound:
 
     def finish(self) -> Aggregate:
         """The next adapter, from the mean of the survivors' deltas.
-
-        Raises:
-            FederationError: too few survivors are left to open the sum, or it makes no sense.
-        """
-        mean, figures = self._open()
-        self._aggregator.add("all sites", mean, 1)
-        result = self._aggregator.finish()
-        return replace(result, figures={**figures, **result.figures})
-
-    def _open(self) -> tuple[Adapter, Mapping[str, float]]:
-        """The mean of the survivors' deltas, and figures of all of them together.
 
         Raises:
             FederationError: too few survivors are left to open the sum, or it makes no sense.
@@ -129,22 +102,17 @@ class SecureRound:
             ).SerializeToString()
             for site in signatures
         }
-        renewed: dict[str, pb.RoundKey] = {}
 
         def unmasked(site: str, body: pb.Unmasking) -> None:
             collector.take(site, body.shares)
-            renewed[site] = body.round_key
+            self._sum.keep_key(site, body.round_key)
 
         self._ask(signatures, pb.UNMASK, unmask, pb.Unmasking, unmasked)
-        self._renew(renewed)
-        scale = Scale.of(self._config, len(collector.group.sites))
         try:
-            total = unpack(collector.open(), self._spec, scale, len(collector.alive))
-            check_update(total.mean, self._spec, self._config.aggregation.max_update_norm)
-        except (SecureAggregationError, UpdateError) as error:
-            raise FederationError(f"round {self._round}: {error}; then resume the run") from error
-        counts = {"examples": total.examples, "tokens": total.tokens}
-        return total.mean, {**counts, **total.figures, **self._bytes}
+            total = collector.open()
+        except SecureAggregationError as error:
+            raise self._sum.failure(error) from error
+        return self._sum.finish(total, len(collector.group.sites), len(collector.alive))
 
     def _ask(
         self,
@@ -158,8 +126,7 @@ class SecureRound:
         addressees = {self._nodes[name]: name for name in names}
         seconds = self._config.secure_aggregation.answer_seconds
         for answer in self._exchange.ask(addressees, kind, self._round, payload, seconds):
-            self._bytes["opening_bytes_down"] += answer.sent_bytes
-            self._bytes["opening_bytes_up"] += answer.received_bytes
+            self._sum.count(answer)
             reason = answer.reason
             if isinstance(answer.message, wanted):
                 try:
@@ -170,16 +137,6 @@ class SecureRound:
                 self._missing[answer.site] = reason
                 step = pb.Kind.Name(kind).lower()
                 log.warning("round %s: %s of %s: %s", self._round, step, answer.site, reason)
-
-    def _renew(self, renewed: Mapping[str, pb.RoundKey]) -> None:
-        """Take the keys for the next round; a site without one is asked to describe itself anew."""
-        if self._round == self._config.federation.rounds:
-            return
-        for site, round_key in renewed.items():
-            try:
-                self._sites.keep_key(site, round_key, self._round + 1)
-            except SecureAggregationError as error:
-                log.warning("site %s: %s", site, error)
 
     def _check_count(self, count: int, did: str) -> None:
         """Refuse to go on without a threshold of sites."""

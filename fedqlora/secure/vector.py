@@ -16,14 +16,15 @@ Edge cases: no tensors is a valid delta; the order of tensors is that of their s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedqlora.adapter import Adapter, AdapterSpec, chunks
+from fedqlora.adapter import Adapter, AdapterSpec, check_update, chunks
 from fedqlora.config import RunConfig
 from fedqlora.errors import UpdateError
+from fedqlora.privacy.noise import SecureNoise
 from fedqlora.secure.masks import Ring
 
 FIGURES = {"train_loss": 2**16, "validation_loss": 2**16, "step_seconds": 2**6}
@@ -152,6 +153,23 @@ def pack(delta: Adapter, counts: Counts, scale: Scale, draw: Draw) -> Ring:
             vector[start : start + part.size] = steps_.astype(np.int32).view(np.uint32)
             start += part.size
     return vector
+
+
+def pack_for(config: RunConfig, sites: int, delta: Adapter, counts: Counts) -> Ring:
+    """A site's vector in a round of a run.
+
+    Args:
+        config: the run's weighting, scale and bound.
+        sites: number of sites in the round.
+        delta: the round's change.
+        counts: beside it; its weight is set here from what the run weights by.
+
+    Raises:
+        UpdateError: a value is not finite or too large, or see `pack`.
+    """
+    check_update(delta, AdapterSpec.of(delta), config.aggregation.max_update_norm)
+    weighted = replace(counts, weight=config.weight_of(counts.examples, counts.tokens))
+    return pack(delta, weighted, Scale.of(config, sites), SecureNoise().uniform)
 
 
 def unpack(total: Ring, spec: AdapterSpec, scale: Scale, survivors: int) -> Total:

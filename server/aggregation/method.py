@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedqlora.adapter import Adapter, AdapterSpec
+from fedqlora.adapter import Adapter
 from fedqlora.config import RunConfig
-from fedqlora.halves import select_trained
+from fedqlora.halves import trained_spec
 from server.aggregation.aggregate import Aggregator
 from server.aggregation.collected import Collected, Updates
 from server.aggregation.coordinates import take_median, take_trimmed_mean
@@ -64,7 +64,7 @@ def start_aggregation(
         if in_products:
             return method
         if config.server_optimizer.name != "none":
-            trained = select_trained(adapter, config.aggregation.method, round_)
+            trained = trained_spec(adapter, config.aggregation.method, round_).names
             method = FedOpt(method, adapter, trained, config.server_optimizer, memory)
         return Frozen(method, residual) if residual else method
 
@@ -78,8 +78,7 @@ def start_aggregation(
         return select_by_krum(updates, distances, malicious, many=many)
 
     if config.site_privacy.enabled:
-        names = select_trained(adapter, config.aggregation.method, round_)
-        spec = AdapterSpec.of({name: adapter[name] for name in names})
+        spec = trained_spec(adapter, config.aggregation.method, round_)
         return SitePrivacy(start(), spec, config, round_, memory)
     match config.aggregation.rule:
         case "mean":

@@ -2,77 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client.encrypting import Encrypting
-from client.policy import Models, Policy
 from fedqlora import protocol_pb2 as pb
-from fedqlora.codec import decode
 from fedqlora.config import RunConfig, validate
-from fedqlora.envelope import Answer, Instruction
 from fedqlora.errors import FederationError
-from fedqlora.secure.vector import Counts
-from server.checkpoint import RunFolder
 from server.metrics import Metrics
-from tests.server.conftest import House, LearningSite, run_config, site_key
-from tests.server.test_secure_round import (
+from tests.server.conftest import House, run_config
+from tests.server.summing import (
     EXAMPLES,
     TARGETS,
     B,
+    SummingSite,
     finish,
     lose,
     outcomes,
     secure_config,
     service_of,
 )
+from tests.server.summing import make_house as make_house_of
 
 FOUR = "abcd"
 
 
-@dataclass
-class EncryptingSite(LearningSite):
-    """A learning site that sends its update encrypted, as a trainer does."""
-
-    name: str = ""
-    state: Path = Path()
-    wrong: bool = False
-    signer: Ed25519PrivateKey | None = None
-
-    def encrypting(self) -> Encrypting:
-        peers = {one: site_key(one).public_key() for one in FOUR if one != self.name}
-        key = self.signer or site_key(self.name)
-        policy = Policy(models=Models(digests=("d",)))
-        return Encrypting(self.name, self.state / "encryption", policy, peers, key)
-
-    def perform(self, header: pb.Header, config: RunConfig, body: Instruction) -> Answer:
-        encrypting = self.encrypting()
-        if isinstance(body, pb.Wrap):
-            return encrypting.wrap(header, config, body)
-        if isinstance(body, pb.Decrypt):
-            return encrypting.decrypt(header, config, body)
-        assert isinstance(body, pb.Describe | pb.Train)
-        answer = super().perform(header, config, body)
-        if not config.homomorphic_encryption.enabled:
-            return answer
-        if isinstance(body, pb.Describe):
-            assert isinstance(answer, pb.Description)
-            answer.round_key.CopyFrom(encrypting.renew(header.run, body.next_round))
-            return answer
-        assert isinstance(answer, pb.Update)
-        group = encrypting.join(header, body.round_keys)
-        counts = Counts(
-            examples=answer.examples, tokens=answer.tokens, figures=dict(answer.metrics)
-        )
-        delta = decode(answer.delta)
-        update = encrypting.encrypt(header, config, group, body.encryption_key, delta, counts)
-        if self.wrong:
-            del update.encrypted.ciphertexts[:]
-        return update
+def make_house(tmp_path: Path, config: RunConfig) -> House:
+    return make_house_of(tmp_path, config, FOUR)
 
 
 def encrypted_config(weighting: str = "examples", rounds: int = 2, **he: object) -> RunConfig:
@@ -80,19 +37,6 @@ def encrypted_config(weighting: str = "examples", rounds: int = 2, **he: object)
     section = {"enabled": True, "key_site": "b", "largest_value": 4.0, **he}
     values["aggregation"]["weighting"] = weighting
     return validate(RunConfig, {**values, "homomorphic_encryption": section}, "run.toml")
-
-
-def make_house(tmp_path: Path, config: RunConfig) -> House:
-    house = House(tmp_path, RunFolder.create(tmp_path / "runs", config))
-    for name in FOUR:
-        site = EncryptingSite(
-            target=TARGETS[name],
-            examples=EXAMPLES[name],
-            name=name,
-            state=tmp_path / "state" / name,
-        )
-        house.admit(name, site)
-    return house
 
 
 @pytest.mark.parametrize("weighting", ["examples", "uniform"])
@@ -168,15 +112,13 @@ def test_a_key_site_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_an_encrypted_update_of_another_size_is_left_out_and_named(tmp_path: Path) -> None:
     house = make_house(tmp_path, encrypted_config(rounds=1))
     site = house.sites["c"]
-    assert isinstance(site, EncryptingSite)
+    assert isinstance(site, SummingSite)
     site.wrong = True
     finish(house)
     assert outcomes(house, 1) == {**dict.fromkeys(FOUR, "used"), "c": "invalid"}
 
 
 def test_masked_and_encrypted_sums_agree_to_a_step(tmp_path: Path) -> None:
-    from tests.server import test_secure_round
-
-    masked = finish(test_secure_round.make_house(tmp_path / "m", secure_config("ffa"), FOUR))
+    masked = finish(make_house(tmp_path / "m", secure_config("ffa")))
     encrypted = finish(make_house(tmp_path / "e", encrypted_config()))
     np.testing.assert_allclose(masked[B], encrypted[B], atol=1e-7)
