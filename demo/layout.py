@@ -9,9 +9,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +16,7 @@ from types import MappingProxyType
 
 from demo.partition import Row
 from fedqlora.errors import DataError
+from fedqlora.files import replace_folder
 
 
 def write_layout(
@@ -40,24 +38,13 @@ def write_layout(
     Raises:
         DataError: the folder cannot be written.
     """
+    files = {f"{name}/records.jsonl": _to_lines(rows) for name, rows in sites.items()}
+    for name, tasks in earlier.items():
+        files |= {f"{name}/earlier/{task}.jsonl": _to_lines(rows) for task, rows in tasks.items()}
+    files |= {f"held-out/{name}.jsonl": _to_lines(rows) for name, rows in held_out.items()}
+    files["held-out/choices.json"] = json.dumps(choices).encode()
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        try:
-            for name, rows in sites.items():
-                _write_rows(building / name / "records.jsonl", rows)
-            for name, files in earlier.items():
-                for task, rows in files.items():
-                    _write_rows(building / name / "earlier" / f"{task}.jsonl", rows)
-            for name, rows in held_out.items():
-                _write_rows(building / "held-out" / f"{name}.jsonl", rows)
-            text = json.dumps(choices)
-            (building / "held-out" / "choices.json").write_text(text, encoding="utf-8")
-            building.chmod(0o755)
-            shutil.rmtree(out, ignore_errors=True)
-            os.replace(building, out)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+        replace_folder(out, files)
     except OSError as error:
         raise DataError(
             f"{out} cannot be written ({error.strerror}); free it or name another"
@@ -86,7 +73,5 @@ def count_labels(folder: Path, sites: Sequence[str], label: str) -> dict[str, di
     return {site: {value: counts[value] for value in values} for site, counts in found.items()}
 
 
-def _write_rows(path: Path, rows: Sequence[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(lines, encoding="utf-8")
+def _to_lines(rows: Sequence[Row]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

@@ -36,13 +36,14 @@ def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 
     Args:
         folder: replaced if it exists.
-        files: content by file name.
+        files: content by file name, or path inside the folder.
     """
     temporary = folder.with_name(f".{folder.name}.new")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, content in files.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             write_durably(temporary / name, content)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
