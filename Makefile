@@ -60,15 +60,15 @@ install: $(VENV)/.installed ## make .venv with the pinned packages
 ## use
 
 .PHONY: demo
-demo: install ## three hospitals fine-tune one 4-bit model over TLS (SITES=3 ROUNDS=4 PARTITION=iid BASELINES=1 AGGREGATION=...)
+demo: install ## three hospitals fine-tune one 4-bit model over TLS (SITES=3 ROUNDS=4 PARTITION=iid BASELINES=1 AGGREGATION=... SET="training.steps=5")
 	@exec $(BIN)/python -m demo run --experiment $(EXPERIMENT) --sites $(SITES) --rounds $(ROUNDS) --partition $(PARTITION) \
-		$(if $(AGGREGATION),--aggregation $(AGGREGATION)) $(if $(BASELINES),--baselines)
+		$(if $(AGGREGATION),--aggregation $(AGGREGATION)) $(if $(BASELINES),--baselines) $(foreach one,$(SET),--set '$(one)')
 
 .PHONY: simulate
-simulate: install ## many sites on Flower's simulation engine (EXPERIMENT=tiny SITES=20 DEVICES=mixed WORKERS=2)
+simulate: install ## many sites on Flower's simulation engine (EXPERIMENT=tiny SITES=20 DEVICES=mixed WORKERS=2 SET="...")
 	@exec $(BIN)/python -m demo simulate --experiment $(if $(filter command environment,$(firstword $(origin EXPERIMENT))),$(EXPERIMENT),tiny) \
 		--sites $(or $(own_sites),20) $(if $(filter command environment,$(firstword $(origin ROUNDS))),--rounds $(ROUNDS)) \
-		$(if $(DEVICES),--devices $(DEVICES)) $(if $(WORKERS),--workers $(WORKERS))
+		$(if $(DEVICES),--devices $(DEVICES)) $(if $(WORKERS),--workers $(WORKERS)) $(foreach one,$(SET),--set '$(one)')
 
 FROM ?=
 .PHONY: continue

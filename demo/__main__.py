@@ -15,7 +15,7 @@ from certs.files import CertificateError
 from demo.devices import SAME, Devices, assign, load_devices
 from demo.earlier import SITES, put_aside
 from demo.hospitals import Hospitals
-from demo.partition import PARTITIONS
+from demo.options import make_parser
 from demo.processes import LocalFederation
 from fedqlora.config import RunConfig, validate
 from fedqlora.errors import ConfigError, FedqloraError
@@ -28,51 +28,7 @@ from server.continuation import continue_from
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and carry it out; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.add_argument(
-        "--home", type=Path, default=REPOSITORY, help="keeps certificates, model, records and runs"
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="a new run")
-    run.add_argument("--experiment", default="icd10", help="a name in experiments/, or a TOML file")
-    run.add_argument("--sites", type=int, default=3)
-    run.add_argument("--rounds", type=int, default=4)
-    run.add_argument("--aggregation", metavar="METHOD", help="in place of the experiment's")
-    run.add_argument("--partition", choices=PARTITIONS, default="dirichlet", help="of the records")
-    run.add_argument("--baselines", action="store_true", help="also each hospital alone, and all")
-    simulation = commands.add_parser("simulate", help="many sites in one process tree, under Ray")
-    simulation.add_argument("--experiment", default="tiny", help="as for run")
-    simulation.add_argument("--sites", type=int, default=20)
-    simulation.add_argument("--rounds", type=int, help="default: the experiment's")
-    simulation.add_argument(
-        "--devices", help="a name in experiments/devices/, or a TOML file: the sites' machines"
-    )
-    simulation.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="sites that train at one time"
-    )
-    resume = commands.add_parser("resume", help="continue a run that was cut off")
-    resume.add_argument("run", type=Path, help="its run folder")
-    further = commands.add_parser("continue", help="a further task on a finished run")
-    further.add_argument("run", type=Path, help="the finished run's folder")
-    further.add_argument("--experiment", required=True, help="the task, as for run")
-    further.add_argument("--rounds", type=int, help="default: the experiment's")
-    further.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="settings",
-        metavar="KEY=VALUE",
-        help="overrides the TOML file, such as continual.replay_fraction=0.1; can be given again",
-    )
-    compare = commands.add_parser("compare", help="several experiments, one after the other")
-    compare.add_argument("--experiments", required=True, help='their names, such as "icd10-*"')
-    compare.add_argument(
-        "--folder", type=Path, default=REPOSITORY / "experiments", help="where their files are"
-    )
-    compare.add_argument("--sites", type=int, default=3)
-    compare.add_argument("--rounds", type=int, help="in place of each experiment's own")
-    options = parser.parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         if options.command == "run":
@@ -109,6 +65,7 @@ def _run(options: argparse.Namespace) -> None:
     }
     if options.aggregation:
         overrides["aggregation.method"] = options.aggregation
+    overrides |= submit.parse_settings(options.settings)
     experiment = submit.find_experiment(options.experiment, REPOSITORY / "experiments")
     config = submit.configure(experiment, overrides, options.sites)
     home = options.home.resolve()
@@ -127,6 +84,7 @@ def _simulate(options: argparse.Namespace) -> None:
     overrides: dict[str, object] = {"federation.expected_sites": options.sites}
     if options.rounds is not None:
         overrides["federation.rounds"] = options.rounds
+    overrides |= submit.parse_settings(options.settings)
     experiment = submit.find_experiment(options.experiment, REPOSITORY / "experiments")
     config = submit.configure(experiment, overrides, options.sites)
     devices = SAME

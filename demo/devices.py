@@ -4,6 +4,7 @@
 name = "slow"
 share = 0.2            # of the hospitals
 steps = 0.5            # of the run's steps, which is what their policy allows
+rank = 0.5             # of the run's LoRA rank, likewise: little memory
 unreliability = 0.0    # of the rounds, in which they do not answer
 """
 
@@ -27,6 +28,9 @@ class Device(Section):
     """Share of the hospitals that have it."""
     steps: float = Field(default=1.0, gt=0, le=1)
     """Share of the run's steps that its hospital's policy allows in a round."""
+    rank: float = Field(default=1.0, gt=0, le=1)
+    """Share of the run's rank that its hospital's policy allows; below 1 the run must allow
+    `lora.mixed_ranks`."""
     unreliability: float = Field(default=0.0, ge=0, le=1)
     """Share of the rounds in which it does not answer."""
 

@@ -13,7 +13,7 @@ _POLICY = """\
 digests = ["{digest}"]
 
 [limits]
-rank = 64
+rank = {rank}
 steps = {steps}
 rounds = 100
 
@@ -26,14 +26,18 @@ allowed = ["examples", "tokens", "train_loss", "validation_loss", "step_seconds"
 
 
 def render_policy(
-    digest: str, steps: int = 200, peers: Mapping[str, str] = MappingProxyType({})
+    digest: str,
+    steps: int = 200,
+    rank: int = 64,
+    peers: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """The text of policy.toml that approves one base model and so many steps a round.
+    """The text of policy.toml that approves one base model, so many steps a round and a rank.
 
     Args:
         digest: of the base model.
         steps: most in a round.
+        rank: largest LoRA rank.
         peers: fingerprints of the hospitals' signing keys, by name.
     """
     pinned = "".join(f'{name} = "{fingerprint}"\n' for name, fingerprint in peers.items())
-    return _POLICY.format(digest=digest, steps=steps, peers=pinned)
+    return _POLICY.format(digest=digest, steps=steps, rank=rank, peers=pinned)

@@ -75,13 +75,17 @@ def lay_out(
     folder: RunFolder, hospitals: Hospitals, kinds: Sequence[Device]
 ) -> list[SimulatedSite]:
     """The demo's hospitals with these machines; writes a policy for each beside its state."""
-    steps = folder.config().training.steps
+    config = folder.config()
     sites = []
     for name, kind in zip(hospitals.names, kinds, strict=True):
         state = folder.path.parent / SITES / name
         state.mkdir(parents=True, exist_ok=True)
-        allowed = max(1, round(steps * kind.steps))
-        text = render_policy(hospitals.digest(), steps=allowed, peers=hospitals.peers())
+        text = render_policy(
+            hospitals.digest(),
+            steps=max(1, round(config.training.steps * kind.steps)),
+            rank=max(1, round(config.lora.rank * kind.rank)),
+            peers=hospitals.peers(),
+        )
         write_durably(state / "policy.toml", text.encode())
         sites.append(
             SimulatedSite(

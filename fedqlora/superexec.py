@@ -31,6 +31,18 @@ logger = logging.getLogger("fedqlora")
 LOOK_SECONDS = 1.0
 """Time between two looks at the credentials, and at whether the fork server lives."""
 
+SHORTEST_SECONDS, LONGEST_SECONDS = 0.1, 1.0
+"""Time between two questions for work: what Flower's second would add to every message is for
+those who have waited long."""
+
+
+def choose_pause(waited_seconds: float) -> float:
+    """Time until the next question for work, a two-hundredth of the time since the last work.
+
+    Measured: asked ten times a second, an idle SuperNode with its SuperExec takes 5 % of a core.
+    """
+    return min(LONGEST_SECONDS, max(SHORTEST_SECONDS, waited_seconds / 200))
+
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
@@ -54,6 +66,8 @@ class Starter:
     def __init__(self) -> None:
         program = Path(__file__).with_name("forkserver.py")
         self._others: list[subprocess.Popen[bytes]] = []
+        self.last_start = time.monotonic()
+        """When an app was started last, or this program; a monotonic clock, in seconds."""
         self._process = subprocess.Popen(  # noqa: S603  our own file, no input of anybody
             [sys.executable, str(program)], stdin=subprocess.PIPE, text=True
         )
@@ -77,6 +91,7 @@ class Starter:
         from flwr.supercore.superexec.executor import subprocess_executor
 
         def start(command: list[str], **options: int) -> None:
+            self.last_start = time.monotonic()
             if command[0] != "flwr-clientapp":
                 self._others = [process for process in self._others if process.poll() is None]
                 started = subprocess.Popen(command, **options)  # type: ignore[call-overload]  # noqa: S603
@@ -97,10 +112,6 @@ def run_superexec(arguments: argparse.Namespace) -> None:
     os.environ |= {
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
-        # How often it asks for work; Flower's second would be added to every message.
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": os.environ.get(
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.1"
-        ),
         # Flower starts its programs by bare name, also where no virtual environment is active.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
@@ -113,9 +124,9 @@ def run_superexec(arguments: argparse.Namespace) -> None:
     starter.install()
     beat = Beat(arguments.beat)
 
-    def pause(seconds: float) -> None:
+    def pause(_seconds: float) -> None:
         beat.touch()  # the loop pauses after each answer
-        time.sleep(seconds)
+        time.sleep(choose_pause(time.monotonic() - starter.last_start))
 
     vars(loop)["time"] = SimpleNamespace(sleep=pause)
     # Flower reads its options from the command line only.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fedqlora.config import RunConfig
 from fedqlora.errors import CheckpointError, ConfigError
 from fedqlora.files import write_durably
 from server.charts import COLOURS, Series, lines
@@ -92,7 +93,14 @@ def render_comparison(runs: Sequence[History]) -> str:
             section("Result", score_table("run", last, _facts(runs))),
             section("What differs in their configuration", _differences(runs, folders)),
             section("Held-out scores by round", _by_round(runs)),
-            section("What a score costs", _against_bytes(runs), _against_steps(runs)),
+            section(
+                "What a score costs",
+                _against_bytes(runs),
+                _against(
+                    runs, "local steps", "steps of a site in a round", lambda c: c.training.steps
+                ),
+                _against(runs, "privacy", "1 / epsilon (0: nothing is promised)", _promise),
+            ),
         ]
     )
     return render_page(f"comparison of {len(runs)} runs", body)
@@ -182,22 +190,28 @@ def _bytes_until(run: History, round_: int) -> float:
     )
 
 
-def _against_steps(runs: Sequence[History]) -> Markup:
-    """The last score of each run against its local steps, where the runs differ in them."""
+def _against(
+    runs: Sequence[History], title: str, x: str, of: Callable[[RunConfig], float]
+) -> Markup:
+    """The last score of each run against what the runs differ in; nothing where they do not."""
     scored = [run for run in runs if run.scores]
-    if len({run.config.training.steps for run in scored}) < 2:
+    if len({of(run.config) for run in scored}) < 2:
         return Markup("")
     pictures = []
     for name, metric in _keys(scored):
         points: dict[str, list[tuple[float, float | None]]] = {
-            run.name: [(run.config.training.steps, _points(run, name, metric)[-1][1])]
+            run.name: [(of(run.config), _points(run, name, metric)[-1][1])]
             for run in scored
             if _points(run, name, metric)
         }
-        title = f"{name}: last {metric} against local steps"
-        x = "steps of a site in a round"
-        pictures.append(lines(title, _series(points), x=x, y=_unit(metric)))
+        heading = f"{name}: last {metric} against {title}"
+        pictures.append(lines(heading, _series(points), x=x, y=_unit(metric)))
     return charts(*pictures)
+
+
+def _promise(config: RunConfig) -> float:
+    """1 / epsilon: grows with the promise, and is 0 where nothing is promised."""
+    return 0.0 if config.privacy.epsilon is None else 1 / config.privacy.epsilon
 
 
 def _series(points: Mapping[str, Sequence[tuple[float, float | None]]]) -> list[Series]:

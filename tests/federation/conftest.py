@@ -171,7 +171,8 @@ def pin_peers(certs: Path, sites: Sequence[str]) -> str:
     return "\n".join(["[secure_aggregation]", "required = true", "[peers]", *pins, ""])
 
 
-@pytest.fixture(scope="session")
+# Of the package, so that it does not go on, idle, beside all other tests.
+@pytest.fixture(scope="package")
 def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
     with running_hospitals(tmp_path_factory.mktemp("federation")) as running:
         yield running

@@ -43,7 +43,7 @@ def new_run(runs: Path, **federation: object) -> RunFolder:
         "lora": {"rank": 4},
         "training": {"steps": 5, "batch_examples": 4, "max_length": 64},
         "data": {"validation_examples": 4},
-        "federation": {"rounds": 2, "wait_seconds": 60, "expected_sites": 3, **federation},
+        "federation": {"rounds": 2, "wait_seconds": 300, "expected_sites": 3, **federation},
         "evaluation": {"enabled": True},
     }
     return RunFolder.create(runs, validate(RunConfig, config, "test"))

@@ -121,7 +121,7 @@ def echo_app(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return app
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def federation(certs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFederation]:
     """A SuperLink, its SuperExec and the SuperNodes of a and b, over mutual TLS."""
     folder = tmp_path_factory.mktemp("federation")

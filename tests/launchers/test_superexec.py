@@ -19,6 +19,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.superexec.run_superexec import _SUPEREXEC_AUTH_METHODS
 
 from demo.processes import LocalFederation, LocalSite
+from fedqlora.superexec import choose_pause
 from server.bundle import pack
 from tests.launchers.conftest import REPOSITORY
 from tests.launchers.test_federation import read_answers, wait_for
@@ -49,6 +50,13 @@ def test_the_fork_server_has_loaded_flower_and_nothing_that_an_app_bundle_carrie
     loaded = set(json.loads(result.stdout.replace("'", '"')))
     assert "flwr" in loaded
     assert not loaded & {"fedqlora", "client", "server", "certs", "torch"}
+
+
+@pytest.mark.parametrize(
+    ("waited", "pause"), [(0.0, 0.1), (20.0, 0.1), (100.0, 0.5), (200.0, 1.0), (1e6, 1.0)]
+)
+def test_who_has_waited_long_is_asked_less_often(waited: float, pause: float) -> None:
+    assert choose_pause(waited) == pytest.approx(pause)
 
 
 def find_option(federation: LocalFederation, process: str, option: str) -> str:

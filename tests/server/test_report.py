@@ -62,7 +62,13 @@ class Page(HTMLParser):
 
 
 def make_run(
-    runs: Path, sites: int = 2, rounds: int = 2, *, status: str = "finished", steps: int = 10
+    runs: Path,
+    sites: int = 2,
+    rounds: int = 2,
+    *,
+    status: str = "finished",
+    steps: int = 10,
+    epsilon: float | None = None,
 ) -> RunFolder:
     """A run folder as the ServerApp leaves it: site i has a training loss of i/8 + round."""
     federation = {"rounds": rounds, "min_sites": 1}
@@ -71,6 +77,13 @@ def make_run(
         "training": {"steps": steps},
         "federation": federation,
     }
+    if epsilon is not None:
+        values |= {
+            "privacy": {"unit": "patient", "epsilon": epsilon},
+            "training": {"steps": steps, "packing": False},
+            "data": {"validation_fraction": 0},
+            "aggregation": {"method": "fedavg", "weighting": "uniform"},
+        }
     folder = RunFolder.create(runs, validate(RunConfig, values, "run.toml"))
     metrics = Metrics(folder.path / "metrics.jsonl")
     names = [chr(ord("a") + index) for index in range(sites)]
@@ -332,6 +345,17 @@ def test_a_comparison_has_a_row_a_run_and_names_what_differs(tmp_path: Path) -> 
     # Two sites and rounds of 3 MB a site; the last score of 20 steps.
     assert f"{many.name}, 12: 2" in page.texts
     assert f"{many.name}, 20: 2" in page.texts
+
+
+def test_a_comparison_of_promises_plots_the_scores_against_them(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path), make_run(tmp_path, epsilon=8), make_run(tmp_path, epsilon=1)]
+    page = Page(render_comparison(read_runs([run.path for run in runs])))
+    hints = [f"{run.name}, {x}: 2" for run, x in zip(runs, ("0", "0.125", "1"), strict=True)]
+    assert set(hints) <= set(page.texts)
+    same = Page(
+        render_comparison(read_runs([run.path for run in runs[:1]] + [make_run(tmp_path).path]))
+    )
+    assert not any("1 / epsilon" in text for text in same.texts)
 
 
 def test_a_comparison_takes_runs_without_scores_and_hostile_names(tmp_path: Path) -> None:
