@@ -20,8 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flwr.app import Context, Message
+from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
 from client.app import reply_with, unwrap
@@ -199,7 +200,13 @@ def _make_client_app(sites: Sequence[SimulatedSite], models: Path) -> ClientApp:
     @app.query()
     def query(message: Message, context: Context) -> Message:
         site = sites[int(context.node_config["partition-id"])]
-        return reply_with(message, answer(site, models, unwrap(message)))
+        try:
+            reply = answer(site, models, unwrap(message))
+        except RuntimeError as error:
+            # An exception would bring Ray's own report of it along.
+            failed = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error))
+            return Message(failed, reply_to=message)
+        return reply_with(message, reply)
 
     return app
 

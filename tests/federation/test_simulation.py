@@ -105,4 +105,6 @@ def test_a_site_that_stays_away_is_named_and_the_run_goes_on(folder: Path) -> No
     }
     assert outcomes[1, "a"] == outcomes[2, "b"] == "used"
     assert outcomes[1, "c"] == outcomes[2, "c"] == "lost"
+    reasons = [line["reason"] for line in lines if line.get("outcome") == "lost"]
+    assert all(reason.endswith("the site's trainer does not answer") for reason in reasons)
     assert run.is_finished
