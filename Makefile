@@ -262,9 +262,9 @@ check: install ## formatting, lint, types, generated stubs
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Files are dealt to workers whole: the tests of a file share their federation of processes.
+# Files are dealt to workers whole, or several together (tests/conftest.py).
 JOBS ?= 2
-in_parallel = -n $(JOBS) --dist loadfile --no-loadscope-reorder
+in_parallel = -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 .PHONY: test
 test: install ## everything that needs no container engine (JOBS=2)

@@ -211,7 +211,8 @@ def _against(
 
 def _promise(config: RunConfig) -> float:
     """1 / epsilon: grows with the promise, and is 0 where nothing is promised."""
-    return 0.0 if config.privacy.epsilon is None else 1 / config.privacy.epsilon
+    promised = config.privacy.epsilon if config.privacy.unit != "none" else None
+    return 0.0 if promised is None else 1 / promised
 
 
 def _series(points: Mapping[str, Sequence[tuple[float, float | None]]]) -> list[Series]:
