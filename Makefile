@@ -93,6 +93,12 @@ ask: install ## base and tuned answer to one prompt (RUN=runs/... PROMPT="...")
 	@$(BIN)/python -m server ask $(RUN) "$$PROMPT"
 export PROMPT
 
+HELD_OUT ?=
+.PHONY: evaluate
+evaluate: install ## scores at a hospital that took no part (RUN=runs/... HELD_OUT=folder, without it the demo's)
+	$(needs_run)
+	@$(BIN)/python -m $(if $(HELD_OUT),server evaluate $(RUN) --held-out $(HELD_OUT),demo evaluate $(RUN))
+
 .PHONY: report
 report: install ## one HTML page of a run, also while it goes on (RUN=runs/... OUT=file)
 	$(needs_run)

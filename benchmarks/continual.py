@@ -23,7 +23,8 @@ from fedqlora.codec import decode, encode
 from fedqlora.config import RunConfig, load_run
 from fedqlora.continual import freeze
 from fedqlora.engine.data import Tokenized
-from fedqlora.engine.evaluate import HeldOut, evaluate, load_held_out
+from fedqlora.engine.evaluate import evaluate
+from fedqlora.engine.held_out import HeldOut, load_held_out
 from fedqlora.engine.model import BaseModel, resolve_base
 from fedqlora.engine.penalty import Penalty
 from fedqlora.engine.probe import GENERAL, score_probe

@@ -18,7 +18,8 @@ from fedqlora.adapter import Adapter, initial_adapter
 from fedqlora.codec import decode, encode
 from fedqlora.config import RunConfig, load_run
 from fedqlora.engine.data import Tokenized
-from fedqlora.engine.evaluate import HeldOut, evaluate, load_held_out
+from fedqlora.engine.evaluate import evaluate
+from fedqlora.engine.held_out import HeldOut, load_held_out
 from fedqlora.engine.model import BaseModel, resolve_base
 from fedqlora.engine.train import train
 from fedqlora.halves import select_trained

@@ -35,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
             _run(options)
         elif options.command == "simulate":
             _simulate(options)
+        elif options.command == "evaluate":
+            _evaluate(options)
         elif options.command == "continue":
             _continue(options)
         elif options.command == "compare":
@@ -130,6 +132,23 @@ def _continue(options: argparse.Namespace) -> None:
     folder = further.create(earlier.path.parent)
     _describe_folder(folder, skew, {**demo, "baselines": False})
     _go_on(folder, hospitals, demo)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    """Score a finished run on the texts of a hospital that took no part."""
+    folder = RunFolder(options.run.resolve())
+    home = options.home.resolve()
+    hospitals = _hospitals(folder.config(), folder.read_json("demo.json"), home)
+    newcomer = hospitals.data / "newcomer"
+    if not newcomer.is_dir():
+        raise ConfigError(
+            f"{newcomer} does not exist: only the demo's ICD-10 records have a hospital that took "
+            "no part; give HELD_OUT=folder, or remove the folder above it to have it made anew"
+        )
+    # Imported here: it brings in torch.
+    from server.rescore import rescore
+
+    print(rescore(folder, newcomer, hospitals.models), flush=True)
 
 
 def _hospitals(config: RunConfig, demo: Mapping[str, Any], home: Path) -> Hospitals:

@@ -4,6 +4,8 @@
     <out>/held-out/codes.jsonl       leaf codes that no hospital has
     <out>/held-out/wordings.jsonl    inclusion terms: other words than any training text
     <out>/held-out/choices.json      all 17 chapters, all categories
+    <out>/newcomer/newcomer.jsonl    texts of a hospital that takes no part, skewed as the others
+    <out>/newcomer/choices.json      the same options
 
 Guarantees: near-duplicates (equal `demo.codes.normalise`) are in training or held out, never
 both; the same seed and number of sites write the same bytes.
@@ -29,6 +31,8 @@ TRAINING_TEXTS = 160
 HELD_OUT_CODES = 18
 HELD_OUT_WORDINGS = 8
 """Texts of each chapter, at most."""
+NEWCOMER_TEXTS = 160
+"""Of the hospital that takes no part."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Task:
     training: list[Text]
     codes: list[Text]
     wordings: list[Text]
+    newcomer: list[Text]
 
 
 def make_task(seed: int) -> Task:
@@ -48,14 +53,16 @@ def make_task(seed: int) -> Task:
     draw = random.Random(f"task:{seed}")  # noqa: S311 - a reproducible draw, no secret
     training: list[Text] = []
     codes: list[Text] = []
+    left: dict[str, list[list[Text]]] = {}
     by_chapter: dict[str, list[list[Text]]] = {chapter: [] for chapter in CHAPTERS.values()}
     for members in group(read_codes()).values():
         by_chapter[members[0].chapter].append(members)
-    for groups in by_chapter.values():
+    for chapter, groups in by_chapter.items():
         draw.shuffle(groups)
         codes += [draw.choice(members) for members in groups[:HELD_OUT_CODES]]
         rest = groups[HELD_OUT_CODES : HELD_OUT_CODES + TRAINING_TEXTS]
         training += [draw.choice(members) for members in rest]
+        left[chapter] = groups[HELD_OUT_CODES + TRAINING_TEXTS :]
     draw.shuffle(codes)  # so that the first n rows are a fair sample
     seen = {text.group for text in (*training, *codes)}
     wordings: list[Text] = []
@@ -64,7 +71,24 @@ def make_task(seed: int) -> Task:
         own = [text for text in terms if text.chapter == chapter]
         wordings += draw.sample(own, min(HELD_OUT_WORDINGS, len(own)))
     draw.shuffle(wordings)
-    return Task(training, codes, wordings)
+    taken = {text.group for text in wordings}
+    return Task(training, codes, wordings, _draw_newcomer(left, taken, seed))
+
+
+def _draw_newcomer(left: dict[str, list[list[Text]]], taken: set[str], seed: int) -> list[Text]:
+    """Texts that nobody else has, their chapters by a draw like the hospitals', Dirichlet(0.2)."""
+    draw = random.Random(f"newcomer:{seed}")  # noqa: S311 - a reproducible draw, no secret
+    free = {
+        chapter: [draw.choice(members) for members in groups if members[0].group not in taken]
+        for chapter, groups in left.items()
+    }
+    weights = {chapter: draw.gammavariate(0.2, 1.0) for chapter in free}
+    texts: list[Text] = []
+    for _ in range(NEWCOMER_TEXTS):
+        open_ = [chapter for chapter, own in free.items() if own]
+        (chapter,) = draw.choices(open_, [weights[one] for one in open_])
+        texts.append(free[chapter].pop())
+    return texts
 
 
 def deal(
@@ -133,7 +157,8 @@ def make_data(
         "wordings": [make_row(text) for text in task.wordings],
     }
     choices = {"chapter": list(CHAPTERS.values()), "category": categories()}
-    write_layout(out, hospitals, held_out, choices)
+    newcomer = [make_row(text) for text in task.newcomer]
+    write_layout(out, hospitals, held_out, choices, newcomer=newcomer)
     return hospitals
 
 

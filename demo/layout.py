@@ -4,6 +4,7 @@
 <out>/<site>/earlier/         what it may train on again, where it has learned other tasks before
 <out>/held-out/<name>.jsonl   what no site has
 <out>/held-out/choices.json   the options of each field that is scored
+<out>/newcomer/               likewise a held-out set, of a site that takes no part
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def write_layout(
     held_out: Mapping[str, Sequence[Row]],
     choices: Mapping[str, Sequence[str]],
     earlier: Mapping[str, Mapping[str, Sequence[Row]]] = MappingProxyType({}),
+    newcomer: Sequence[Row] = (),
 ) -> None:
     """Write the folder whole, or leave what was there.
 
@@ -34,6 +36,7 @@ def write_layout(
         held_out: rows by the name of their file.
         choices: options by field.
         earlier: each site's rows of earlier tasks, by the name of their file.
+        newcomer: rows of a site that takes no part.
 
     Raises:
         DataError: the folder cannot be written.
@@ -43,6 +46,9 @@ def write_layout(
         files |= {f"{name}/earlier/{task}.jsonl": _to_lines(rows) for task, rows in tasks.items()}
     files |= {f"held-out/{name}.jsonl": _to_lines(rows) for name, rows in held_out.items()}
     files["held-out/choices.json"] = json.dumps(choices).encode()
+    if newcomer:
+        files["newcomer/newcomer.jsonl"] = _to_lines(newcomer)
+        files["newcomer/choices.json"] = files["held-out/choices.json"]
     try:
         replace_folder(out, files)
     except OSError as error:

@@ -51,6 +51,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     resume = commands.add_parser("resume", help="continue a run that was cut off")
     resume.add_argument("run", type=Path, help="its run folder")
+    scored = commands.add_parser("evaluate", help="scores at a hospital that took no part")
+    scored.add_argument("run", type=Path, help="the finished run's folder")
     further = commands.add_parser(
         "continue", help="a further task on a finished run", parents=[settings]
     )

@@ -211,6 +211,9 @@ class EvaluationConfig(Section):
     """Evaluate after every so many rounds, and always after the last."""
     max_examples: int | None = Field(default=None, ge=1)
     """Score at most so many examples of each held-out file (the first, in file order)."""
+    answer_tokens: int = Field(default=0, ge=0, le=1024)
+    """Longest answer, in tokens, that is written for each row by greedy decoding and scored by
+    exact match and ROUGE; 0 writes none."""
     probe: bool = False
     """Also score plain questions that no task is about, as `general` (engine/probe.py)."""
 

@@ -100,7 +100,12 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, help="new folder; default RUN/merged")
     ask = commands_.add_parser("ask", help="answers of the base and of the tuned model")
     ask.set_defaults(command=commands.ask)
-    for command in (export, ask):
+    scored = commands_.add_parser("evaluate", help="scores on another held-out set")
+    scored.set_defaults(command=commands.evaluate)
+    scored.add_argument(
+        "--held-out", type=Path, required=True, help="folder with .jsonl files and choices.json"
+    )
+    for command in (export, ask, scored):
         command.add_argument("run", type=Path, help="a finished run's folder")
         command.add_argument("--models", type=Path, default=Path(".cache/models"))
     ask.add_argument("prompt")

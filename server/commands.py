@@ -143,6 +143,14 @@ def ask(options: argparse.Namespace) -> None:
     print(f"base:  {before.strip()}\ntuned: {after.strip()}")
 
 
+def evaluate(options: argparse.Namespace) -> None:
+    """Print how a run's adapter and its untuned base score on another held-out set."""
+    folder = _finished(options.run)
+    from server.rescore import rescore
+
+    print(rescore(folder, options.held_out, options.models))
+
+
 def _connect(options: argparse.Namespace) -> ControlClient:
     return ControlClient(options.control, options.root_certificates)
 

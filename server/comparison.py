@@ -17,6 +17,7 @@ from server.markup import Markup, element, join, table
 from server.page import charts, render_page, section
 from server.report import flatten
 from server.scores import LOSSES, score_keys, score_table
+from server.seeds import seed_rows
 from server.table import align
 from server.units import MEGABYTE, duration, megabytes
 
@@ -63,7 +64,9 @@ def render_text(runs: Sequence[History]) -> str:
         ]
         for run in runs
     ]
-    return align([["run", *facts, *(f"{name}: {metric}" for name, metric in keys)], *body])
+    whole = align([["run", *facts, *(f"{name}: {metric}" for name, metric in keys)], *body])
+    over = seed_rows(runs)
+    return f"{whole}\n\n{align(over)}" if over else whole
 
 
 def write_comparison(runs: Sequence[History], out: Path) -> None:
@@ -90,7 +93,7 @@ def render_comparison(runs: Sequence[History]) -> str:
     body = join(
         [
             element("h1", f"{len(runs)} runs compared"),
-            section("Result", score_table("run", last, _facts(runs))),
+            section("Result", score_table("run", last, _facts(runs)), _over_seeds(runs)),
             section("What differs in their configuration", _differences(runs, folders)),
             section("Held-out scores by round", _by_round(runs)),
             section(
@@ -119,6 +122,11 @@ def _facts(runs: Sequence[History]) -> dict[str, dict[str, str]]:
         "up": {run.name: megabytes(run.total("bytes_up")) for run in runs},
         "time in rounds": {run.name: duration(sum(run.rounds.values())) for run in runs},
     }
+
+
+def _over_seeds(runs: Sequence[History]) -> Markup:
+    rows = seed_rows(runs)
+    return table(rows[0], rows[1:], label="scores over seeds") if rows else Markup("")
 
 
 def _cell(value: float | None) -> str:

@@ -16,7 +16,8 @@ from fedqlora.codec import decode
 from fedqlora.config import RunConfig
 from fedqlora.engine.base import resolve_base
 from fedqlora.engine.device import add_device_options, open_devices
-from fedqlora.engine.evaluate import evaluate, load_held_out
+from fedqlora.engine.evaluate import evaluate
+from fedqlora.engine.held_out import load_held_out
 from fedqlora.engine.probe import GENERAL, score_probe
 from fedqlora.engine.service import Identity, Service, serve
 from fedqlora.engine.warm import WarmModel
@@ -59,7 +60,9 @@ class Scorer:
         base = self._warm.get(folder, config.model, config.lora)
         residual = decode(body.residual) if body.HasField("residual") else {}
         adapter = decode(body.adapter)
-        scores = evaluate(base, adapter, held_out, config.training, residual)
+        scores = evaluate(
+            base, adapter, held_out, config.training, residual, config.evaluation.answer_tokens
+        )
         if config.evaluation.probe:
             if GENERAL in scores:
                 raise DataError(

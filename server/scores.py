@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from server.charts import Series, lines
 from server.history import Counts, History
+from server.intervals import ERROR, half_width, say
 from server.markup import Markup, element, join, table
 from server.page import charts
 from server.units import figure
@@ -55,7 +56,8 @@ def score_table(
         cells: list[str] = [row, *(column.get(row, "") for column in (more or {}).values())]
         for key in keys:
             value = scores.get(key[0], {}).get(key[1])
-            text = "" if value is None else f"{value:.3f}"
+            own = scores.get(key[0], {})
+            text = "" if value is None else say(value, half_width(own, key[1]))
             marked = value is not None and value == best.get(key)
             cells.append(element("span", text, class_="best") if marked else text)
         body.append(cells)
@@ -67,7 +69,12 @@ def score_table(
         if (name, "loss") in keys and "examples" in row
     }
     note = ", ".join(f"{figure(count)} of {name}" for name, count in sizes.items())
-    said = f"Held-out examples: {note}. The best of each column is bold." if note else ""
+    said = (
+        f"Held-out examples: {note}. The best of each column is bold; ± is half of a 95 % interval "
+        "over texts, not over seeds."
+        if note
+        else ""
+    )
     whole = table([first, *(more or {}), *head], body, label="held-out scores")
     return join([whole, element("p", said, class_="soft")])
 
@@ -83,7 +90,7 @@ def score_keys(scores: Counts) -> list[tuple[str, str]]:
         (name, metric)
         for name in shown(scores)
         for metric in sorted(scores[name], key=lambda metric: (metric == "loss", metric))
-        if metric != "examples"
+        if metric != "examples" and not metric.endswith(ERROR)
     ]
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from server.intervals import ERROR, half_width
+
 Scores = Mapping[str, Mapping[str, float]]
 """Held-out file -> figure -> value, as `fedqlora.engine.evaluate.evaluate` gives it."""
 
+_LAST = ("examples", "loss")
 _ALL = "all"  # every file together: shown file by file instead
-_NO_ACCURACY = ("examples", "loss")
 
 
 def render(rows: Mapping[str, Scores]) -> str:
@@ -19,14 +21,15 @@ def render(rows: Mapping[str, Scores]) -> str:
 
     Returns:
         Markdown, columns padded so that it reads well in a terminal too; the number of
-        examples stands in the head.
+        examples stands in the head, and under the table how sure the scores are.
     """
     groups: dict[str, list[str]] = {}
     counts: dict[str, int] = {}
     for scores in rows.values():
         for name, figures in scores.items():
             if name != _ALL and name not in groups:
-                groups[name] = [*sorted(figures.keys() - set(_NO_ACCURACY)), "loss"]
+                shown = [metric for metric in sorted(figures) if not metric.endswith(ERROR)]
+                groups[name] = [*(m for m in shown if m not in _LAST), "loss"]
                 counts[name] = int(figures["examples"])
     head = ["model"]
     for name, (first, *others) in groups.items():
@@ -38,7 +41,22 @@ def render(rows: Mapping[str, Scores]) -> str:
             own = scores.get(name, {})
             cells += [f"{own[column]:.3f}" if column in own else "" for column in columns]
         lines.append(cells)
-    return align(lines)
+    return "\n\n".join([align(lines), *_widths(rows, groups)])
+
+
+def _widths(rows: Mapping[str, Scores], groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """One line about how sure the scores are: the widest interval of each column."""
+    found = []
+    for name, metrics in groups.items():
+        said = []
+        for metric in metrics:
+            own = [scores[name] for scores in rows.values() if metric in scores.get(name, {})]
+            widths = [half for figures in own if (half := half_width(figures, metric)) is not None]
+            if widths:
+                said.append(f"{metric} ± {max(widths):.3f}")
+        if said:
+            found.append(f"{name}: {', '.join(said)}")
+    return [f"95 % intervals are within: {'; '.join(found)}."] if found else []
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:

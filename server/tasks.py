@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedqlora.config import RunConfig
+from server.intervals import is_accuracy
 
 Scores = Mapping[str, Mapping[str, float]]
 """Held-out file -> figure -> value."""
@@ -19,7 +20,6 @@ Scores = Mapping[str, Mapping[str, float]]
 GENERAL = "general"
 """Where the evaluator puts the scores of its plain questions."""
 FILE = "tasks.json"
-_NO_ACCURACY = ("examples", "loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ def assemble(
         # The run began with what the task before it left, and may have more files to score by.
         rows[-1] = {**first, **rows[-1]}
     rows.append(last)
-    accuracies = sorted(set(last.get(config.task, {})) - set(_NO_ACCURACY))
+    accuracies = sorted(filter(is_accuracy, last.get(config.task, {})))
     figure = config.continual.figure or (accuracies[0] if accuracies else "")
     matrix = tuple(tuple(_find(row, name, figure) for name in names) for row in rows)
     if any(None in row[: i + 1] for i, row in enumerate(matrix)):

@@ -1,115 +1,34 @@
-"""Evaluation: accuracy over given options and loss on a held-out set, one scoring for all models.
+"""Evaluation: accuracy over given options, loss and written answers, one scoring for all models.
 
-A held-out folder holds
+A row's answer to a field of `choices.json` (held_out.py) is the likeliest option as the start of
+the completion (scoring.py); the row names the right one in the column of that name. White space at
+the start of a completion goes before every option. A base model that was never told the format is
+thus not marked down for its format.
 
-    <subset>.jsonl   records with `prompt` and `completion`, and one column per field
-    choices.json     optional: {"<field>": ["<option>", ...], ...}
-
-A row's answer to a field is the likeliest option as the start of the completion (scoring.py);
-the row names the right one in the column of that name. White space at the start of a completion
-goes before every option. A base model that was never told the format is thus not marked down
-for its format.
+Of the loss and of ROUGE the standard error is told beside it, from the spread over rows; that of
+an accuracy follows from the number of rows.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedqlora.adapter import Adapter
 from fedqlora.config import TrainingConfig
-from fedqlora.engine.data import Record, Tokenized, load_records, tokenize
+from fedqlora.engine.answers import ROUGE, compare, write_answers
+from fedqlora.engine.data import Record, Tokenized, tokenize
+from fedqlora.engine.held_out import ALL, HeldOut
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.prompts import encode_prompts
 from fedqlora.engine.scoring import Node, Search, build_trie
-from fedqlora.errors import DataError
 
 _MAX_BATCH = 64
-ALL = "all"
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A held-out set.
-
-    Attributes:
-        subsets: name of a file without its ending -> its records.
-        choices: field -> its options.
-    """
-
-    subsets: Mapping[str, Sequence[Record]]
-    choices: Mapping[str, Sequence[str]]
-
-
-def load_held_out(folder: Path, max_examples: int | None = None) -> HeldOut:
-    """Read a held-out folder and check that every row can be scored.
-
-    Args:
-        folder: holds one or more `*.jsonl` and, where accuracy is wanted, `choices.json`.
-        max_examples: take at most so many rows of each file, the first.
-
-    Raises:
-        DataError: a file is missing or wrong, or a row's right option is not among the options
-            or does not start the row's completion.
-    """
-    files = sorted(folder.glob("*.jsonl"))
-    if not files:
-        raise DataError(f"{folder} holds no .jsonl file; put the held-out records there")
-    choices = _load_choices(folder / "choices.json")
-    subsets: dict[str, Sequence[Record]] = {}
-    for file in files:
-        if file.stem == ALL:
-            raise DataError(f"{file} has a name that means all files together; rename it")
-        records = load_records(file, minimum=1)
-        for number, record in enumerate(records, start=1):
-            for name, options in choices.items():
-                _check_row(f"{file}, record {number}, column `{name}`", record, name, options)
-        subsets[file.stem] = records[:max_examples]
-    return HeldOut(subsets, choices)
-
-
-def _load_choices(path: Path) -> dict[str, tuple[str, ...]]:
-    """The options of each field; none without a file."""
-    if not path.exists():
-        return {}
-    expected = 'expected {"field": ["option", "another option"]}'
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise DataError(f"{path} cannot be read as JSON; {expected}") from None
-    if not isinstance(values, dict) or not values:
-        raise DataError(f"{path} is not a table of fields; {expected}")
-    for name, options in values.items():
-        texts = isinstance(options, list) and all(isinstance(o, str) and o for o in options)
-        if not texts or len(options) < 2:
-            raise DataError(f"{path}, field `{name}`: {expected}")
-        if name in ("examples", "loss"):
-            raise DataError(f"{path}, field `{name}`: the name is taken; choose another")
-        order = sorted(range(len(options)), key=lambda index: options[index])
-        for one, other in itertools.pairwise(order):
-            if options[other].startswith(options[one]):
-                raise DataError(
-                    f"{path}, field `{name}`: option {one + 1} is the start of option "
-                    f"{other + 1}; reword one, as the shorter would always win"
-                )
-    return {name: tuple(options) for name, options in values.items()}
-
-
-def _check_row(where: str, record: Record, name: str, options: Sequence[str]) -> None:
-    """Refuse a row whose right option is missing, unknown or not the completion's start."""
-    right = record.fields.get(name)
-    if right is None or right not in options:
-        raise DataError(f"{where}: expected one of the options in choices.json; correct that row")
-    if not record.prompt:
-        raise DataError(f"{where}: expected columns `prompt` and `completion` beside options")
-    if not record.completion.lstrip().startswith(right):
-        raise DataError(f"{where}: expected the start of the completion; correct that row")
 
 
 def evaluate(
@@ -118,6 +37,7 @@ def evaluate(
     held_out: HeldOut,
     config: TrainingConfig,
     residual: Adapter | None = None,
+    answer_tokens: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Score an adapter on a held-out set.
 
@@ -127,10 +47,13 @@ def evaluate(
         held_out: what `load_held_out` gave.
         config: `max_length` and `microbatch_tokens` are used.
         residual: what lies frozen beside the adapter; None for nothing.
+        answer_tokens: longest answer that is written for each row; 0 writes none.
 
     Returns:
-        Subset -> {"examples": rows, "loss": mean loss of a completion token, field: share of
-        rows whose likeliest option is the right one}, and the same over all rows as "all".
+        Subset -> {"examples": rows, "loss": mean loss of a completion token, "loss_error": its
+        standard error, field: share of rows whose likeliest option is the right one}, where there
+        are no fields "perplexity", and of written answers "exact_match", "rouge1", "rouge2" and
+        "rougeL" with the errors of these; and the same over all rows as "all".
     """
     base.set_adapter(adapter, residual)
     base.model.eval()
@@ -149,20 +72,26 @@ def evaluate(
             )
             for index, result in zip(batch, found, strict=True):
                 results[index] = result
+        if answer_tokens:
+            written = write_answers(base, examples, answer_tokens, config.microbatch_tokens)
+            for result, near in zip(results, compare(written, records), strict=True):
+                result.figures.update(near)
     report: dict[str, dict[str, float]] = {}
     for name in (*held_out.subsets, ALL):
         own = [r for (subset, _), r in zip(rows, results, strict=True) if name in (subset, ALL)]
         report[name] = _summarise(own)
+        if not held_out.choices:
+            report[name]["perplexity"] = math.exp(min(report[name]["loss"], 700.0))
     return report
 
 
 @dataclass(frozen=True)
 class _Result:
-    """One row: summed loss over its completion tokens, their number, field -> right."""
+    """One row: summed loss over its completion tokens, their number, figure -> value."""
 
     loss: float
     tokens: int
-    right: dict[str, bool]
+    figures: dict[str, float]
 
 
 class _Tries:
@@ -231,12 +160,12 @@ def _score_batch(
     prompts = encode_prompts(base.model, base.family, [e.prompt for e in examples], pad)
     search = Search(prompts, len(examples), tries.get(_space(records[0])))
     losses = search.score([example.completion for example in examples])
-    right: list[dict[str, bool]] = [{} for _ in records]
+    right: list[dict[str, float]] = [{} for _ in records]
     answers: list[Node] | None = None
     for name, options in tries.choices.items():
         answers = search.best(name, answers)
         for row, (record, node) in enumerate(zip(records, answers, strict=True)):
-            right[row][name] = options[node.options[name]] == record.fields[name]
+            right[row][name] = float(options[node.options[name]] == record.fields[name])
     return [
         _Result(-loss, len(example.completion), own)
         for loss, example, own in zip(losses, examples, right, strict=True)
@@ -244,11 +173,17 @@ def _score_batch(
 
 
 def _summarise(results: Sequence[_Result]) -> dict[str, float]:
-    """Means over rows, the loss over tokens."""
-    summary: dict[str, float] = {
-        "examples": len(results),
-        "loss": sum(r.loss for r in results) / max(sum(r.tokens for r in results), 1),
-    }
-    for name in results[0].right:
-        summary[name] = sum(r.right[name] for r in results) / len(results)
+    """Means over rows, the loss over tokens, and the standard errors of loss and ROUGE."""
+    tokens = max(sum(r.tokens for r in results), 1)
+    loss = sum(r.loss for r in results) / tokens
+    summary: dict[str, float] = {"examples": len(results), "loss": loss}
+    if len(results) > 1:
+        # A ratio of two sums over rows: its error is that of the rows' residuals.
+        parts = [r.loss - loss * r.tokens for r in results]
+        summary["loss_error"] = statistics.stdev(parts) * len(results) ** 0.5 / tokens
+    for name in results[0].figures:
+        values = [r.figures[name] for r in results]
+        summary[name] = sum(values) / len(values)
+        if name in ROUGE and len(values) > 1:
+            summary[f"{name}_error"] = statistics.stdev(values) / len(values) ** 0.5
     return summary

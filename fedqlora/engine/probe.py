@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from fedqlora.adapter import Adapter
 from fedqlora.config import TrainingConfig
-from fedqlora.engine.evaluate import HeldOut, evaluate
+from fedqlora.engine.evaluate import evaluate
+from fedqlora.engine.held_out import HeldOut
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.records import Record
 

@@ -11,7 +11,8 @@ from demo.baselines import measure, train_centrally
 from fedqlora.adapter import add, initial_adapter
 from fedqlora.config import RunConfig, validate
 from fedqlora.engine.data import Record, Tokenized
-from fedqlora.engine.evaluate import HeldOut, evaluate
+from fedqlora.engine.evaluate import evaluate
+from fedqlora.engine.held_out import HeldOut
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.train import train
 from tests.engine.conftest import load

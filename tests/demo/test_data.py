@@ -12,6 +12,7 @@ from demo.codes import CHAPTERS
 from demo.data import (
     HELD_OUT_CODES,
     HELD_OUT_WORDINGS,
+    NEWCOMER_TEXTS,
     Row,
     Task,
     deal,
@@ -37,7 +38,8 @@ def hospitals(task: Task) -> dict[str, list[Row]]:
 
 
 def test_no_near_duplicate_is_in_two_lists(task: Task) -> None:
-    groups = [text.group for text in (*task.training, *task.codes, *task.wordings)]
+    lists = (task.training, task.codes, task.wordings, task.newcomer)
+    groups = [text.group for own in lists for text in own]
     assert len(set(groups)) == len(groups)
     assert not {text.code for text in task.training} & {text.code for text in task.codes}
 
@@ -50,6 +52,13 @@ def test_the_held_out_set_has_every_chapter_alike(task: Task) -> None:
         CHAPTERS.values(), HELD_OUT_WORDINGS
     )
     assert {t.chapter for t in task.training} == set(CHAPTERS.values())
+
+
+def test_the_hospital_that_takes_no_part_is_as_unlike_as_the_others(task: Task) -> None:
+    counts = Counter(text.chapter for text in task.newcomer)
+    assert sum(counts.values()) == NEWCOMER_TEXTS
+    # Evenly dealt, a chapter would have a seventeenth.
+    assert counts.most_common(1)[0][1] > NEWCOMER_TEXTS / 5
 
 
 def test_the_first_rows_of_the_held_out_set_are_a_mixture(task: Task) -> None:
@@ -92,6 +101,8 @@ def test_the_files_are_what_the_engine_reads_and_the_seed_fixes_every_byte(tmp_p
         "held-out/choices.json",
         "held-out/codes.jsonl",
         "held-out/wordings.jsonl",
+        "newcomer/choices.json",
+        "newcomer/newcomer.jsonl",
     ]
     assert all((first / f).read_bytes() == (second / f).read_bytes() for f in files)
     assert (first / files[0]).read_bytes() != (other / files[0]).read_bytes()
@@ -120,7 +131,8 @@ def test_the_chapters_of_written_records_are_counted_again(
 def test_making_the_data_again_replaces_it(tmp_path: Path) -> None:
     make_data(tmp_path / "d", sites=3, seed=1)
     make_data(tmp_path / "d", sites=2, seed=1)
-    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["a", "b", "held-out"]
+    found = sorted(path.name for path in (tmp_path / "d").iterdir())
+    assert found == ["a", "b", "held-out", "newcomer"]
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 

@@ -13,7 +13,7 @@ import pytest
 from demo.hospitals import Hospitals
 from demo.stories import STORIES, Story, describe, make_story
 from fedqlora.config import load_run
-from fedqlora.engine.evaluate import load_held_out
+from fedqlora.engine.held_out import load_held_out
 from fedqlora.engine.records import load_records
 from fedqlora.errors import ConfigError, DataError
 from tests.tiny_models import save_t5

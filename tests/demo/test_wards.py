@@ -12,7 +12,7 @@ import pytest
 from demo.codes import CHAPTERS
 from demo.wards import WARDS, make_wards
 from fedqlora.config import load_run
-from fedqlora.engine.evaluate import load_held_out
+from fedqlora.engine.held_out import load_held_out
 from fedqlora.engine.records import load_records
 from fedqlora.errors import ConfigError
 from server.checkpoint import RunFolder

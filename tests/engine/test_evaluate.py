@@ -13,7 +13,8 @@ import torch
 from fedqlora.adapter import Adapter
 from fedqlora.config import TrainingConfig
 from fedqlora.engine.data import Record, tokenize
-from fedqlora.engine.evaluate import HeldOut, evaluate, load_held_out
+from fedqlora.engine.evaluate import evaluate
+from fedqlora.engine.held_out import HeldOut, load_held_out
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.prompts import encode_prompts
 from fedqlora.engine.scoring import Search, build_trie
@@ -173,8 +174,26 @@ def test_plain_text_without_a_prompt_gets_a_loss(llama: BaseModel) -> None:
     scores = evaluate(
         llama, random_adapter(llama, 2), HeldOut({"text": [record]}, {}), TrainingConfig()
     )
-    assert set(scores["text"]) == {"examples", "loss"}
+    assert set(scores["text"]) == {"examples", "loss", "perplexity"}
     assert scores["text"]["loss"] > 0
+    assert scores["text"]["perplexity"] == pytest.approx(math.exp(scores["text"]["loss"]))
+
+
+def test_the_error_of_the_loss_is_that_of_a_ratio_of_sums(llama: BaseModel) -> None:
+    adapter = random_adapter(llama, 4)
+    found = evaluate(llama, adapter, held_out(ROWS), TrainingConfig())["all"]
+    records = [record for own in held_out(ROWS).subsets.values() for record in own]
+    losses, sizes = [], []
+    for record in records:
+        alone = evaluate(llama, adapter, HeldOut({"x": [record]}, {}), TrainingConfig())["x"]
+        (tokens,) = tokenize([record], llama.tokenizer, "causal", 64)
+        sizes.append(len(tokens.completion))
+        losses.append(alone["loss"] * sizes[-1])
+    parts = [loss - found["loss"] * size for loss, size in zip(losses, sizes, strict=True)]
+    variance = sum(part**2 for part in parts) / (len(parts) - 1)
+    assert found["loss_error"] == pytest.approx(
+        (variance * len(parts)) ** 0.5 / sum(sizes), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("paths", [[(5, 6), (5, 6)], [(5,), (5, 6)], [(5, 6), (5,)], [(), (5,)]])
@@ -213,6 +232,7 @@ def test_a_held_out_folder_is_read_in_file_order(tmp_path: Path) -> None:
         ({}, {"chapter": ["Eye"]}, "field `chapter`: expected"),
         ({}, {"chapter": "Eye"}, "field `chapter`: expected"),
         ({}, {"loss": ["Eye", "Ear"]}, "the name is taken"),
+        ({}, {"x_error": ["Eye", "Ear"]}, "the name is taken"),
         ({}, [], "not a table of fields"),
     ],
 )

@@ -14,8 +14,9 @@ import transformers
 from fedqlora.adapter import Adapter, AdapterSpec, lower_rank
 from fedqlora.config import LoraConfig, RunConfig, TrainingConfig, validate
 from fedqlora.engine.data import Record, Tokenized
-from fedqlora.engine.evaluate import HeldOut, evaluate
+from fedqlora.engine.evaluate import evaluate
 from fedqlora.engine.export import merge
+from fedqlora.engine.held_out import HeldOut
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.train import mean_loss, train
 from fedqlora.errors import UpdateError

@@ -16,8 +16,9 @@ from fedqlora.config import LoraConfig, ModelConfig, RunConfig, validate
 from fedqlora.engine.architectures import ARCHITECTURES
 from fedqlora.engine.base import base_digest
 from fedqlora.engine.data import Tokenized, load_records, tokenize
-from fedqlora.engine.evaluate import evaluate, load_held_out
+from fedqlora.engine.evaluate import evaluate
 from fedqlora.engine.export import merge
+from fedqlora.engine.held_out import load_held_out
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.train import mean_loss
 from fedqlora.engine.warm import WarmModel

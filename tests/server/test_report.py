@@ -69,10 +69,13 @@ def make_run(
     status: str = "finished",
     steps: int = 10,
     epsilon: float | None = None,
+    seed: int = 1,
+    loss: float = 4.0,
 ) -> RunFolder:
     """A run folder as the ServerApp leaves it: site i has a training loss of i/8 + round."""
     federation = {"rounds": rounds, "min_sites": 1}
     values = {
+        "seed": seed,
         "model": {"base": "tiny"},
         "training": {"steps": steps},
         "federation": federation,
@@ -89,12 +92,12 @@ def make_run(
     names = [chr(ord("a") + index) for index in range(sites)]
     for name in names:
         metrics.append("joined", site=name, software={"torch": "2.13.0"})
-    score(metrics, 0, 4.0)
+    score(metrics, 0, loss)
     for round_ in range(1, rounds + 1):
         for index, name in enumerate(names):
             train(metrics, round_, name, train_loss=round_ + index / 8)
         metrics.append("round", round=round_, sites=sites, seconds=7.5)
-        score(metrics, round_, 4.0 - round_)
+        score(metrics, round_, loss - round_)
     folder.set_status(status, round=rounds)
     return folder
 
@@ -124,8 +127,8 @@ def page_of(folder: RunFolder) -> Page:
 def test_the_numbers_of_the_page_are_those_of_the_run_folder(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     page = page_of(folder)
-    assert page.row("untuned base") == ["untuned base", "0.200", "4.000"]
-    assert page.row("federated, round 2") == ["federated, round 2", "0.333", "2.000"]
+    assert page.row("untuned base") == ["untuned base", "0.200 ± 0.045", "4.000"]
+    assert page.row("federated, round 2") == ["federated, round 2", "0.333 ± 0.053", "2.000"]
     used = page.row("a", "2 of 2")
     assert used[2:] == ["320", "2400", "0.5", "4.0 MB", "2.0 MB", "10.0 s"]
     for line in Metrics(folder.path / "metrics.jsonl").read():
@@ -338,7 +341,7 @@ def test_a_comparison_has_a_row_a_run_and_names_what_differs(tmp_path: Path) -> 
     assert cells == [many.name, *row]
     page = Page(out.read_text())
     # On the page a run has its experiment's name where that tells it apart: here it does not.
-    assert page.row(many.name)[1:] == row
+    assert page.row(many.name)[1:] == [*row[:6], "0.333 ± 0.053", "2.000"]
     assert page.row("folder") == ["folder", few.name, many.name]
     assert page.row("training.steps") == ["training.steps", "5", "20"]
     assert page.row("federation.rounds") == ["federation.rounds", "1", "2"]
