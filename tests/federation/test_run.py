@@ -13,6 +13,7 @@ from fedqlora.envelope import sign
 from fedqlora.keys import load_signing_key
 from fedqlora.protocol_pb2_grpc import TrainerStub
 from server.metrics import Metrics
+from server.rescore import rescore
 from tests.federation.conftest import Hospitals
 
 pytestmark = pytest.mark.slow
@@ -52,6 +53,12 @@ def test_a_run_of_real_processes_learns_and_leaves_a_whole_run_folder(
         "adapter/adapter_model.safetensors",
     } <= names
     assert folder.status() == {"status": "finished", "round": 2}
+    # Scored again from the folder, it is what the run has said.
+    models, held_out = hospitals.scratch / "models", hospitals.scratch / "held-out"
+    table = rescore(folder, held_out, models)
+    for name, round_ in (("untuned base", 0), ("federated", 2)):
+        (row,) = (line for line in table.splitlines() if line.startswith(f"| {name}"))
+        assert f"{scores[round_]['loss']:.3f}" in row
 
 
 def send(hospitals: Hospitals, site: str, envelope: bytes) -> pb.Refusal:
