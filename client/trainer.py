@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from client.budget import Budget
 from client.control import Control
+from client.core_files import forbid_core_files
 from client.examples import Reader
 from client.feedback import Feedback
 from client.ledger import Ledger, Plan
@@ -409,6 +410,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_device_options(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(arguments)
+    forbid_core_files()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
         identity = Identity.load(options.site, options.keys)

@@ -1,8 +1,8 @@
 """The gRPC service on a unix socket that a trainer and the evaluator share.
 
 One exchange: verify -> admit -> carry out -> store -> sign. Whatever goes wrong inside
-leaves as a signed refusal with a code and a fixed sentence; the detail stays in this
-process's log, for an error's text could quote a record.
+leaves as a signed refusal with a code and a fixed sentence; where it happened stays in this
+process's log. The text of an error that is not ours is in neither: it could quote a record.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,7 +208,7 @@ class Service(protocol_pb2_grpc.TrainerServicer):
         if isinstance(error, FedqloraError):
             log.error("refused: %s", error)
         else:
-            log.exception("failed while carrying out an instruction")
+            log.error("failed while carrying out an instruction:\n%s", locate(error))
         sentence = "it could not be carried out; the log there says why"
         if isinstance(error, self._sayable):
             sentence = str(error)
@@ -242,6 +243,15 @@ class Service(protocol_pb2_grpc.TrainerServicer):
             own=own,
             seen=Head(header.own_number, header.own_head),
         )
+
+
+def locate(error: BaseException) -> str:
+    """Where an error that is not ours came from, and its kind: all but its text.
+
+    Libraries quote what they were given, and here that may be a record.
+    """
+    lines = traceback.format_list(traceback.extract_tb(error.__traceback__))
+    return f"{''.join(lines)}{type(error).__module__}.{type(error).__qualname__}"
 
 
 def parse_config(text: str) -> RunConfig:
