@@ -51,7 +51,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@# torch first: otherwise another package pulls a build of its own choice.
 	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$$(grep ^torch== constraints.txt)"
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[engine,demo,he,kit,simulation,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[engine,demo,he,kit,simulation,benchmark,dev]'
 	@touch $@
 
 .PHONY: install
@@ -98,6 +98,14 @@ HELD_OUT ?=
 evaluate: install ## scores at a hospital that took no part (RUN=runs/... HELD_OUT=folder, without it the demo's)
 	$(needs_run)
 	@$(BIN)/python -m $(if $(HELD_OUT),server evaluate $(RUN) --held-out $(HELD_OUT),demo evaluate $(RUN))
+
+TASKS ?=
+LIMIT ?=
+.PHONY: benchmark-model
+benchmark-model: install ## lm-evaluation-harness on the exported model (RUN=runs/... TASKS=a,b LIMIT=100, without TASKS the held-out set)
+	$(needs_run)
+	@held_out="$(or $(HELD_OUT),$(if $(TASKS),,$$($(BIN)/python -m demo held-out $(RUN))))"; \
+	$(BIN)/python -m server benchmark $(RUN) $${held_out:+--held-out "$$held_out"} $(if $(TASKS),--tasks $(TASKS)) $(if $(LIMIT),--limit $(LIMIT))
 
 .PHONY: report
 report: install ## one HTML page of a run, also while it goes on (RUN=runs/... OUT=file)

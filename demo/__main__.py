@@ -37,6 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
             _simulate(options)
         elif options.command == "evaluate":
             _evaluate(options)
+        elif options.command == "held-out":
+            folder = RunFolder(options.run.resolve())
+            demo = folder.read_json("demo.json")
+            print(_hospitals(folder.config(), demo, options.home.resolve()).held_out)
         elif options.command == "continue":
             _continue(options)
         elif options.command == "compare":

@@ -53,6 +53,8 @@ def make_parser() -> argparse.ArgumentParser:
     resume.add_argument("run", type=Path, help="its run folder")
     scored = commands.add_parser("evaluate", help="scores at a hospital that took no part")
     scored.add_argument("run", type=Path, help="the finished run's folder")
+    held = commands.add_parser("held-out", help="where the held-out set of a run is")
+    held.add_argument("run", type=Path, help="its run folder")
     further = commands.add_parser(
         "continue", help="a further task on a finished run", parents=[settings]
     )

@@ -105,7 +105,12 @@ def build_parser() -> argparse.ArgumentParser:
     scored.add_argument(
         "--held-out", type=Path, required=True, help="folder with .jsonl files and choices.json"
     )
-    for command in (export, ask, scored):
+    harness = commands_.add_parser("benchmark", help="lm-evaluation-harness on the merged model")
+    harness.set_defaults(command=commands.benchmark)
+    harness.add_argument("--held-out", type=Path, help="folder whose fields are tasks")
+    harness.add_argument("--tasks", help="its own tasks, by name: a,b")
+    harness.add_argument("--limit", type=int, help="rows of each task")
+    for command in (export, ask, scored, harness):
         command.add_argument("run", type=Path, help="a finished run's folder")
         command.add_argument("--models", type=Path, default=Path(".cache/models"))
     ask.add_argument("prompt")

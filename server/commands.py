@@ -151,6 +151,21 @@ def evaluate(options: argparse.Namespace) -> None:
     print(rescore(folder, options.held_out, options.models))
 
 
+def benchmark(options: argparse.Namespace) -> None:
+    """Run lm-evaluation-harness on the merged checkpoint, which is made where it is missing."""
+    folder = _finished(options.run)
+    merged = folder.path / "merged"
+    if not merged.exists():
+        export(argparse.Namespace(run=options.run, models=options.models, out=None))
+    import torch
+
+    from server.benchmark_model import benchmark_model
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tasks = [name for name in (options.tasks or "").split(",") if name]
+    print(benchmark_model(merged, tasks, options.held_out, options.limit, device))
+
+
 def _connect(options: argparse.Namespace) -> ControlClient:
     return ControlClient(options.control, options.root_certificates)
 

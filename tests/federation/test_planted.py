@@ -106,7 +106,7 @@ def test_a_run_with_failures_and_debug_logs_leaves_no_record_outside_the_site(
             plant(folder / "data" / site)
 
         # A whole run, its ServerApp killed in the middle and resumed.
-        run = hospitals.new_run(rounds=2, steps=200, method="fedavg", update="float32")
+        run = hospitals.new_run(rounds=2, steps=100, method="fedavg", update="float32")
         with recording(hospitals, "b") as recorder:
             hospitals.start(run)
             hospitals.wait_until_training(run, 1, "b")
@@ -116,7 +116,7 @@ def test_a_run_with_failures_and_debug_logs_leaves_no_record_outside_the_site(
         write_report(run)
 
         # A trainer that crashes while it trains, as by a fault in a library, and starts again.
-        crashed = hospitals.new_run(rounds=1, steps=200, method="fedavg")
+        crashed = hospitals.new_run(rounds=1, steps=100, method="fedavg")
         number = hospitals.start(crashed)
         hospitals.wait_until_training(crashed, 1, "a")
         trainer = hospitals.federation.process_ids()["trainer-a"]
