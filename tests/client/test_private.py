@@ -14,8 +14,11 @@ from client.ledger import Ledger
 from client.policy import Policy, Privacy
 from client.standing import describe_privacy
 from fedqlora import protocol_pb2 as pb
+from fedqlora.adapter import AdapterSpec, initial_adapter
+from fedqlora.codec import decode, decode_delta, encode
 from fedqlora.config import RunConfig, validate
 from fedqlora.errors import ConfigError, ReceiptError
+from fedqlora.halves import Method, select_trained
 from fedqlora.privacy.receipts import Receipt, check_receipts, open_receipt, sign_receipt
 from fedqlora.verify import main as verify
 from tests.client import test_trainer
@@ -27,12 +30,14 @@ KEYS = {"a": SITE.public_key()}
 
 
 def private_config(**sections: dict[str, object]) -> RunConfig:
-    return test_trainer.run_config(
-        training={"steps": 2, "batch_examples": 4, "max_length": 64, "packing": False},
-        data={"validation_fraction": 0},
-        aggregation={"method": "fedavg", "weighting": "uniform"},
-        **{"federation": {"rounds": 2}, "privacy": PROMISE, **sections},
-    )
+    defaults: dict[str, dict[str, object]] = {
+        "training": {"steps": 2, "batch_examples": 4, "max_length": 64, "packing": False},
+        "data": {"validation_fraction": 0},
+        "aggregation": {"method": "fedavg", "weighting": "uniform"},
+        "federation": {"rounds": 2},
+        "privacy": PROMISE,
+    }
+    return test_trainer.run_config(**{**defaults, **sections})
 
 
 def make_ledger(site: Site) -> int:
@@ -80,6 +85,45 @@ def test_a_private_round_leaves_a_receipt_and_no_figure(site: Site) -> None:
     )
     key = SITE.public_key().public_bytes_raw().hex()
     assert verify(["receipts", str(site.folder / "receipts.jsonl"), "--key", f"a={key}"]) == 0
+
+
+@pytest.mark.parametrize("method", ["exact_svd", "fedavg", "ffa", "fedsvd", "rolora"])
+def test_a_private_update_has_what_trains_in_its_round_and_nothing_else(
+    site: Site, method: Method
+) -> None:
+    begin(site)
+    config = private_config(aggregation={"method": method, "weighting": "uniform"})
+    service = site.service()
+    description = ask(service, pb.DESCRIBE, describe(config), 1)
+    message, spec = instruct(config, description)
+    start = decode(message.adapter)
+    if method == "exact_svd":
+        beside = initial_adapter(spec.at_rank(6), 2, {})
+        message.residual.CopyFrom(encode(beside, "float32"))
+    for round_ in (1, 2):
+        names = select_trained(start, method, round_)
+        update = parse(*exchange(service, pb.TRAIN, message, 1 + round_, round_=round_))
+        assert isinstance(update, pb.Update), update
+        delta = decode_delta(update.delta, AdapterSpec.of({name: start[name] for name in names}))
+        assert all(value.any() for value in delta.values())
+        receipt = open_receipt(update.receipt, KEYS)
+        assert receipt.run_steps == 2 * round_
+    assert len(names) == len(start) // (1 if method in ("exact_svd", "fedavg") else 2)
+
+
+def test_a_private_round_has_the_residual_beside_it_and_refuses_one_of_another_run(
+    site: Site,
+) -> None:
+    begin(site)
+    config = private_config(aggregation={"method": "exact_svd", "weighting": "uniform"})
+    service = site.service()
+    message, spec = instruct(config, ask(service, pb.DESCRIBE, describe(config), 1))
+    message.residual.CopyFrom(encode(initial_adapter(spec.at_rank(17), 2, {}), "float32"))
+    refusal = ask(service, pb.TRAIN, message, 2)
+    assert isinstance(refusal, pb.Refusal)
+    assert refusal.code == "UpdateError"
+    assert "rank 17, more than the 16 that the run allows" in refusal.sentence
+    assert not Ledger(site.folder / "ledger.jsonl", "a", SITE).spent("all"), "nothing was trained"
 
 
 def test_every_single_changed_field_of_a_receipt_is_found(site: Site, tmp_path: Path) -> None:
