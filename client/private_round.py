@@ -63,7 +63,13 @@ class Private:
         return ledger
 
     def plan(
-        self, ledger: Ledger, header: pb.Header, config: RunConfig, data: Examples, base_digest: str
+        self,
+        ledger: Ledger,
+        header: pb.Header,
+        config: RunConfig,
+        data: Examples,
+        base_digest: str,
+        app_digest: str,
     ) -> PrivateRound:
         """Count the units, and settle the run's noise if this is its first instruction.
 
@@ -73,6 +79,7 @@ class Private:
             config: the run.
             data: the site's records.
             base_digest: of the base model, for the receipt.
+            app_digest: of the app, as the instruction claims it, for the receipt.
 
         Raises:
             DataError: see dp.group_units.
@@ -83,7 +90,7 @@ class Private:
             data.training, data.patients, settings.unit, settings.max_examples_per_patient
         )
         plan = self._budget.plan(ledger, config, header.run, len(units))
-        return PrivateRound(self._budget, ledger, plan, units, base_digest)
+        return PrivateRound(self._budget, ledger, plan, units, base_digest, app_digest)
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ class PrivateRound:
     _plan: Plan
     _units: list[Unit]
     _base_digest: str
+    _app_digest: str
 
     @property
     def ledger_head(self) -> str:
@@ -137,6 +145,12 @@ class PrivateRound:
             LedgerError: see Budget.charge.
         """
         update.receipt = self._budget.charge(
-            self._ledger, self._plan, config, header, self._base_digest, read_content(update)
+            self._ledger,
+            self._plan,
+            config,
+            header,
+            self._base_digest,
+            self._app_digest,
+            read_content(update),
         )
         update.ledger_head = self._ledger.head

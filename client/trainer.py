@@ -123,7 +123,7 @@ class Trainer:
             return answer
         folder = resolve_base(config.model.base, self._models)
         digest = self._warm.digest(folder)
-        check(self._policy, config, header.round, digest)
+        check(self._policy, config, header.round, digest, body.app_digest)
         group = self._sums.join(header, config, body)
         ledger = self._private.begin(header, config, body.ledger_heads)
         lora = config.lora.at_rank(training_rank(self._policy, config))
@@ -131,7 +131,7 @@ class Trainer:
         data = self._reader.read(base, digest, config, header.run)
         private = None
         if ledger is not None:
-            private = self._private.plan(ledger, header, config, data, digest)
+            private = self._private.plan(ledger, header, config, data, digest, body.app_digest)
         if isinstance(body, pb.Describe):
             return self._describe(header, config, body, base, digest, private)
         if private is not None:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from fedqlora.config import RunConfig, validate
 from fedqlora.halves import Method, select_trained
 from fedqlora.keys import load_signing_key
+from server.bundle import pack
 from server.checkpoint import RunFolder
 from tests.federation.conftest import ROOT, SITES, Hospitals
 
@@ -75,6 +76,9 @@ def test_a_private_run_ends_with_receipts_and_without_a_ledger_nothing_trains(
     assert held.returncode == 0, held.stderr
     assert "4 receipts hold" in held.stdout
     lines = receipts.read_text().splitlines()
+    # The SuperLink's name for the app that it ships is the digest that policies list.
+    said = {json.loads(line)["receipt"]["app_digest"] for line in lines}
+    assert said == {pack(ROOT).digest}
     changed = json.loads(lines[0])
     changed["receipt"]["noise_multiplier"] *= 2
     receipts.write_text("\n".join([json.dumps(changed), *lines[1:]]) + "\n")
