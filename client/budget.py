@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client.ledger import Ledger, Plan
+from client.ledger import LEDGER_FILE, Ledger, Plan
 from client.policy import Policy
 from fedqlora import protocol_pb2 as pb
 from fedqlora.config import RunConfig
@@ -39,7 +39,7 @@ class Budget:
 
     def __init__(self, site: str, state: Path, policy: Policy, key: Ed25519PrivateKey) -> None:
         self._site = site
-        self._ledger_path = state / "ledger.jsonl"
+        self._ledger_path = state / LEDGER_FILE
         self._receipts = state / "receipts.jsonl"
         self._policy = policy.privacy
         self._key = key

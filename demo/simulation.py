@@ -74,7 +74,11 @@ class SimulatedSite:
 def lay_out(
     folder: RunFolder, hospitals: Hospitals, kinds: Sequence[Device]
 ) -> list[SimulatedSite]:
-    """The demo's hospitals with these machines; writes a policy for each beside its state."""
+    """The demo's hospitals with these machines; writes a policy for each beside its state.
+
+    Raises:
+        LedgerError: see Hospitals.make_ledgers.
+    """
     steps = folder.config().training.steps
     sites = []
     for name, kind in zip(hospitals.names, kinds, strict=True):
@@ -93,6 +97,7 @@ def lay_out(
                 unreliability=kind.unreliability,
             )
         )
+    hospitals.make_ledgers({site.name: site.state for site in sites})
     return sites
 
 

@@ -10,7 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from client.__main__ import main
-from client.ledger import Ledger
+from client.ledger import Ledger, make_ledger
 from client.policy import Policy, Privacy
 from client.standing import describe_privacy
 from fedqlora import protocol_pb2 as pb
@@ -40,7 +40,7 @@ def private_config(**sections: dict[str, object]) -> RunConfig:
     return test_trainer.run_config(**{**defaults, **sections})
 
 
-def make_ledger(site: Site) -> int:
+def call_init(site: Site) -> int:
     keys = site.folder / "keys"
     keys.mkdir(exist_ok=True)
     pem = SITE.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
@@ -49,7 +49,7 @@ def make_ledger(site: Site) -> int:
 
 
 def begin(site: Site) -> None:
-    assert make_ledger(site) == 0
+    assert call_init(site) == 0
 
 
 def refused(site: Site, config: RunConfig, issued: int = 1, **body: Any) -> pb.Refusal:
@@ -159,7 +159,16 @@ def test_a_site_without_a_ledger_does_not_start_at_zero(site: Site) -> None:
     (site.folder / "ledger.jsonl").unlink()
     assert refused(site, private_config(), issued=5).code == "LedgerError"
     # Nor can a new one be made where there was one: the audit log remembers.
-    assert make_ledger(site) == 1
+    assert call_init(site) == 1
+    assert not (site.folder / "ledger.jsonl").exists()
+
+
+def test_a_ledger_that_is_there_is_not_made_anew(site: Site) -> None:
+    begin(site)
+    update = train(site, private_config())
+    assert isinstance(update, pb.Update)
+    begin(site)
+    assert Ledger(site.folder / "ledger.jsonl", "a", SITE).head == update.ledger_head
 
 
 def test_another_sites_a_damaged_and_an_older_ledger_are_refused(
@@ -179,8 +188,8 @@ def test_another_sites_a_damaged_and_an_older_ledger_are_refused(
     path.write_bytes(new.replace(b'"steps": 2', b'"steps": 1'))
     assert refused(site, private_config(), 4).code == "LedgerError"
     assert "does not fit its chain" in caplog.text
-    path.unlink()
-    Ledger.create(path, "b", site.folder / "none", SITE)
+    make_ledger("b", site.folder / "another", SITE)
+    path.write_bytes((site.folder / "another" / "ledger.jsonl").read_bytes())
     assert refused(site, private_config(), 5).code == "LedgerError"
     assert "is not site a's" in caplog.text
     # The true one is good with the same head, and a line that a crash cut off does no harm.
