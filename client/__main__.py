@@ -7,7 +7,7 @@ python -m client status --state FOLDER --keys FOLDER    last round, bytes, certi
 python -m client audit --state FOLDER                   verifies the audit log
 python -m client idle --state FOLDER                    status 3 while a round goes on
 python -m client reach --keys FOLDER --superlink HOST:PORT    keys, admission and clocks
-python -m client ledger init --site NAME --state FOLDER --keys FOLDER    of privacy spent
+python -m client ledger init --site NAME --state FOLDER --keys FOLDER    of privacy spent, once
 """
 
 from __future__ import annotations
@@ -86,12 +86,14 @@ def _carry_out(options: argparse.Namespace) -> int:
         return 0 if usable else DataError.exit_code
     elif options.command == "ledger":
         # Only here, as the accounting behind it loads far more than the other commands need.
-        from client.ledger import Ledger
+        from client.ledger import LEDGER_FILE, make_ledger
 
-        path = options.state / "ledger.jsonl"
+        path = options.state / LEDGER_FILE
         key = load_signing_key(options.keys / "signing.key")
-        Ledger.create(path, options.site, options.state / "audit.jsonl", key)
-        print(f"made {path}; back it up with the site's keys")
+        if make_ledger(options.site, options.state, key):
+            print(f"made {path}; back it up with the site's keys")
+        else:
+            print(f"found {path}; nothing was changed")
     elif options.command == "reach":
         _reach(options.keys, options.superlink)
     else:

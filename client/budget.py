@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client.ledger import Ledger, Plan
+from client.ledger import LEDGER_FILE, Ledger, Plan
 from client.policy import Policy
 from fedqlora import protocol_pb2 as pb
 from fedqlora.config import RunConfig
@@ -39,7 +39,7 @@ class Budget:
 
     def __init__(self, site: str, state: Path, policy: Policy, key: Ed25519PrivateKey) -> None:
         self._site = site
-        self._ledger_path = state / "ledger.jsonl"
+        self._ledger_path = state / LEDGER_FILE
         self._receipts = state / "receipts.jsonl"
         self._policy = policy.privacy
         self._key = key
@@ -122,9 +122,19 @@ class Budget:
         config: RunConfig,
         header: pb.Header,
         base_digest: str,
+        app_digest: str,
         update: bytes,
     ) -> bytes:
         """Charge a round, then sign and keep its receipt; both are on disk when it returns.
+
+        Args:
+            ledger: from `open`.
+            plan: from `plan`.
+            config: the run.
+            header: the instruction's.
+            base_digest: of the base model.
+            app_digest: of the app, as the instruction claims it.
+            update: the content that is to leave.
 
         Raises:
             LedgerError: ledger or receipts cannot be written, so the update must not leave.
@@ -152,6 +162,7 @@ class Budget:
                 (one.sampling_rate, one.noise_multiplier, one.steps) for one in everything
             ),
             base_digest=base_digest,
+            app_digest=app_digest,
             instruction_digest=hashlib.sha256(
                 header.SerializeToString(deterministic=True)
             ).hexdigest(),

@@ -4,8 +4,8 @@ Append-only, hash-chained JSON lines (fedqlora/audit.py), on disk before an upda
 
 Guarantees, each restated in tests/client/test_private.py:
 
-- A missing ledger is never taken for an empty one: only `python -m client ledger init` makes one,
-  and not where the audit log shows that there was one.
+- A missing ledger is never taken for an empty one: a trainer makes none, only `make_ledger`, which
+  belongs to a site's first start, and it does not where the audit log shows that there was one.
 - A damaged ledger, another site's, or one older than the head that the coordinator has seen is
   refused.
 - A line cut off by a crash is dropped: it was being written, so its update had not left.
@@ -26,6 +26,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedqlora.audit import AuditLog
 from fedqlora.errors import AuditError, LedgerError
 from fedqlora.privacy.accountant import Spending
+
+LEDGER_FILE = "ledger.jsonl"
+"""The ledger's name in the trainer's state folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,33 +92,6 @@ class Ledger:
                 "newest copy"
             )
 
-    @classmethod
-    def create(cls, path: Path, site: str, audit: Path, key: Ed25519PrivateKey) -> Ledger:
-        """Make the ledger of a site that never trained privately.
-
-        Args:
-            path: the new file.
-            site: whose it is.
-            audit: the site's audit log, which remembers whether there was a ledger.
-            key: the site's signing key.
-
-        Raises:
-            LedgerError: there is one, or there was.
-        """
-        if path.exists():
-            raise LedgerError(f"ledger {path} exists already; nothing was changed")
-        if audit.is_file() and '"ledger_head"' in audit.read_text():
-            raise LedgerError(
-                f"{audit} shows that this site had a ledger; restore it from a backup instead of "
-                "starting at zero"
-            )
-        try:
-            # Salted: heads go to the coordinator, which could guess the lines behind them.
-            AuditLog(path, key).append("opened", site=site, salt=secrets.token_hex(16))
-        except (AuditError, OSError):
-            raise LedgerError(f"ledger {path} cannot be written; correct its folder") from None
-        return cls(path, site, key)
-
     @property
     def head(self) -> str:
         """Hash of the newest line."""
@@ -175,3 +151,34 @@ class Ledger:
                 "the ledger cannot be written, so nothing leaves; free space or correct its owner"
             ) from None
         self._lines.append({"event": event, "hash": self.head, **facts})
+
+
+def make_ledger(site: str, state: Path, key: Ed25519PrivateKey) -> bool:
+    """Make the ledger of a site that never trained privately; one that is there stays as it is.
+
+    Args:
+        site: whose it is.
+        state: the trainer's folder. The audit log in it remembers whether there was a ledger.
+        key: the site's signing key.
+
+    Returns:
+        Whether it was made.
+
+    Raises:
+        LedgerError: there was one, and it is gone; or it cannot be written.
+    """
+    path, audit = state / LEDGER_FILE, state / "audit.jsonl"
+    try:
+        # An empty one is what a crash left of the first attempt.
+        if path.is_file() and path.stat().st_size > 0:
+            return False
+        if audit.is_file() and '"ledger_head"' in audit.read_text():
+            raise LedgerError(
+                f"{audit} shows that this site had a ledger; restore it from a backup instead of "
+                "starting at zero"
+            )
+        # Salted: heads go to the coordinator, which could guess the lines behind them.
+        AuditLog(path, key).append("opened", site=site, salt=secrets.token_hex(16))
+    except (AuditError, OSError):
+        raise LedgerError(f"ledger {path} cannot be written; correct its folder") from None
+    return True

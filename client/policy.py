@@ -132,7 +132,9 @@ def training_rank(policy: Policy, config: RunConfig) -> int:
     return min(rank, policy.limits.rank) if config.lora.mixed_ranks else rank
 
 
-def check(policy: Policy, config: RunConfig, round_: int, base_digest: str) -> None:
+def check(
+    policy: Policy, config: RunConfig, round_: int, base_digest: str, app_digest: str
+) -> None:
     """Refuse an instruction that the policy does not allow.
 
     Guarantee: it reads no record and needs none; the caller opens the data only after this.
@@ -142,10 +144,19 @@ def check(policy: Policy, config: RunConfig, round_: int, base_digest: str) -> N
         config: what the run asks for.
         round_: the instruction's round (0 describes).
         base_digest: digest of the base model that the site has under the run's name.
+        app_digest: digest of the app that the coordinator says, signed, that it runs. What does
+            run at the site is judged by the SuperNode (client/apps.py); this refuses who claims
+            another.
 
     Raises:
         PolicyRefusal: names the first broken rule.
     """
+    if policy.apps.digests and app_digest not in policy.apps.digests:
+        raise PolicyRefusal(
+            "apps.digests",
+            f"the site's policy does not approve app {app_digest[:16] or 'without a digest'}, "
+            "which the coordinator says that it runs (apps.digests)",
+        )
     if base_digest not in policy.models.digests:
         raise PolicyRefusal(
             "models.digests",

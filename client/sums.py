@@ -142,12 +142,6 @@ class Sums:
                 )
 
 
-def read_content(update: pb.Update) -> bytes:
-    """The bytes of an update's tensors, as they leave."""
-    ciphertexts = b"".join(update.encrypted.ciphertexts)
-    return ciphertexts or update.masked.values or update.delta.data
-
-
 def describe_company(config: RunConfig, group: Group | None) -> dict[str, str]:
     """With whom an update was masked, or under whose key and for which sum it was encrypted."""
     if group is None:

@@ -19,12 +19,10 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from client.budget import Budget
 from client.control import Control
 from client.core_files import forbid_core_files
-from client.examples import Reader
+from client.examples import Examples, Reader
 from client.feedback import Feedback
-from client.ledger import Ledger, Plan
 from client.peers import load_peers
 from client.policy import (
     Policy,
@@ -33,7 +31,8 @@ from client.policy import (
     own_training,
     training_rank,
 )
-from client.sums import Sums, describe_company, read_content
+from client.private_round import Private, PrivateRound
+from client.sums import Sums, describe_company
 from client.textfile import Textfile
 from fedqlora import VERSION
 from fedqlora import protocol_pb2 as pb
@@ -42,9 +41,8 @@ from fedqlora.audit import AuditLog, digest_of
 from fedqlora.codec import decode, encode
 from fedqlora.config import RunConfig
 from fedqlora.engine.base import resolve_base
-from fedqlora.engine.data import Tokenized
 from fedqlora.engine.device import add_device_options, open_devices
-from fedqlora.engine.dp import Unit, check_exactness, group_units, train_privately
+from fedqlora.engine.dp import check_exactness
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.penalty import Penalty
 from fedqlora.engine.service import Identity, Service, serve
@@ -56,6 +54,7 @@ from fedqlora.halves import trained_spec
 from fedqlora.head import Head, head_facts
 from fedqlora.secure.keys import Group
 from fedqlora.secure.vector import Counts
+from fedqlora.update import read_content
 
 log = logging.getLogger("client")
 
@@ -106,7 +105,7 @@ class Trainer:
         self._feedback = Feedback(state / "feedback")
         self._control = Control(state / "control")
         self._textfile = Textfile(state / "metrics.prom", audit)
-        self._budget = Budget(site, state, policy, key)
+        self._private = Private(site, state, policy, key)
         self._sums = Sums(site, state, policy, peers, key)
 
     def perform(self, header: pb.Header, config: RunConfig, body: Instruction) -> Answer:
@@ -125,33 +124,20 @@ class Trainer:
             return answer
         folder = resolve_base(config.model.base, self._models)
         digest = self._warm.digest(folder)
-        check(self._policy, config, header.round, digest)
+        check(self._policy, config, header.round, digest, body.app_digest)
         group = self._sums.join(header, config, body)
-        ledger = None
-        if config.privacy.unit != "none":
-            ledger = self._budget.open(body.ledger_heads)
-            self._budget.check(ledger, config, header.run)
+        ledger = self._private.begin(header, config, body.ledger_heads)
         lora = config.lora.at_rank(training_rank(self._policy, config))
         base = self._warm.get(folder, config.model, lora)
         data = self._reader.read(base, digest, config, header.run)
-        if ledger is None:
-            if isinstance(body, pb.Train):
-                return self._train(
-                    header, config, body, base, group, data.training, data.validation
-                )
-            return self._describe(header, config, body, base, digest, None)
-        units = group_units(
-            data.training,
-            data.patients,
-            config.privacy.unit,
-            config.privacy.max_examples_per_patient,
-        )
-        plan = self._budget.plan(ledger, config, header.run, len(units))
-        if isinstance(body, pb.Train):
-            return self._train_privately(
-                header, config, body, base, group, digest, ledger, plan, units
-            )
-        return self._describe(header, config, body, base, digest, ledger)
+        private = None
+        if ledger is not None:
+            private = self._private.plan(ledger, header, config, data, digest, body.app_digest)
+        if isinstance(body, pb.Describe):
+            return self._describe(header, config, body, base, digest, private)
+        if private is not None:
+            return self._train_privately(header, config, body, base, group, private)
+        return self._train(header, config, body, base, group, data)
 
     def refused(self, header: pb.Header, refusal: pb.Refusal) -> None:
         """Write a refusal to the audit log; it stays one where that cannot be written."""
@@ -174,14 +160,13 @@ class Trainer:
         body: pb.Train,
         base: BaseModel,
         group: Group | None,
-        training: list[Tokenized],
-        validation: list[Tokenized],
+        data: Examples,
     ) -> pb.Update:
         """One round: score the received adapter on the validation share, then train."""
         self._record("training", header, **self._allowed(header))
         log.info("round %s of run %s: training", header.round, header.run)
         adapter, residual = self._receive(base, config, body)
-        held = validation[: config.data.validation_examples]
+        held = data.validation[: config.data.validation_examples]
         before = mean_loss(base, adapter, held, config.training, residual) if held else None
         spec = trained_spec(adapter, config.aggregation.method, header.round)
         correction = None
@@ -192,7 +177,7 @@ class Trainer:
         result = train(
             base,
             adapter,
-            training,
+            data.training,
             own_training(self._policy, config.training),
             seed=config.seed,
             site=self._site,
@@ -263,39 +248,23 @@ class Trainer:
         body: pb.Train,
         base: BaseModel,
         group: Group | None,
-        digest: str,
-        ledger: Ledger,
-        plan: Plan,
-        units: list[Unit],
+        private: PrivateRound,
     ) -> pb.Update:
         """One private round: no count, loss or time of it leaves, and it is charged first."""
         self._record("training", header, **self._allowed(header))
         log.info("round %s of run %s: training", header.round, header.run)
-        result = train_privately(
-            base,
-            decode(body.adapter),
-            units,
-            config.training,
-            clip_norm=config.privacy.clip_norm,
-            noise_multiplier=plan.noise_multiplier,
-            sampling_rate=plan.sampling_rate,
-            round_=header.round,
-            rounds=config.federation.rounds,
-        )
-        update = self._pack(header, config, body, group, result.delta, Counts())
-        update.receipt = self._budget.charge(
-            ledger, plan, config, header, digest, read_content(update)
-        )
-        update.ledger_head = ledger.head
+        adapter, residual = self._receive(base, config, body)
+        delta = private.train(base, adapter, residual, config, header)
+        update = self._pack(header, config, body, group, delta, Counts())
+        private.charge(config, header, update)
         self._record(
             "trained",
             header,
             bytes_out=update.ByteSize(),
             tensors=digest_of(read_content(update)),
-            ledger_head=ledger.head,
+            ledger_head=private.ledger_head,
             **describe_company(config, group),
         )
-        log.info("round %s: %s private steps", header.round, config.training.steps)
         return update
 
     def _pack(
@@ -324,7 +293,7 @@ class Trainer:
         body: pb.Describe,
         base: BaseModel,
         digest: str,
-        ledger: Ledger | None,
+        private: PrivateRound | None,
     ) -> pb.Description:
         """Round 0: what this site would train, and where its ledger stands in a private run."""
         described = _describe(base, digest, config.lora.rank)
@@ -332,10 +301,10 @@ class Trainer:
         round_key = self._sums.renew(header.run, body.next_round, config)
         if round_key is not None:
             described.round_key.CopyFrom(round_key)
-        if ledger is not None:
+        if private is not None:
             check_exactness(base, config.training)
-            described.ledger_head = ledger.head
-            facts["ledger_head"] = ledger.head
+            described.ledger_head = private.ledger_head
+            facts["ledger_head"] = private.ledger_head
         self._record(
             "described",
             header,

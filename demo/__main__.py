@@ -254,6 +254,8 @@ def _resume(folder: RunFolder, home: Path) -> None:
 def _federate(folder: RunFolder, config: RunConfig, hospitals: Hospitals) -> None:
     """Start every process, run, and stop every process again."""
     _put_aside(folder, hospitals)
+    state = folder.path.parent / SITES
+    hospitals.make_ledgers({name: state / f"trainer-{name}" for name in hospitals.names})
     print(f"run {_show(folder)}: starting SuperLink, evaluator and sites", flush=True)
     with LocalFederation(
         certs=hospitals.certs,
@@ -262,7 +264,7 @@ def _federate(folder: RunFolder, config: RunConfig, hospitals: Hospitals) -> Non
         sites=hospitals.sites(),
         models=hospitals.models,
         held_out=hospitals.held_out if config.evaluation.enabled else None,
-        state=folder.path.parent / SITES,
+        state=state,
     ) as federation:
         run_id = submit.start(folder, pack(REPOSITORY), federation.control)
         if run_id is not None:

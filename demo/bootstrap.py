@@ -2,11 +2,12 @@
 
     <deal>/certs                              every party's keys, for this command alone
     <deal>/superlink  coordinator  evaluator  root  sites/<site>/supernode  sites/<site>/trainer
-    <deal>/models  held-out  sites/<site>/data  sites/<site>/policy
+    <deal>/models  held-out  sites/<site>/data  sites/<site>/policy  sites/<site>/state
 
 Each folder is a volume that one service mounts. What exists is never replaced: a rerun adds what
-new sites need, and otherwise prints `nothing to do`. A hospital would do none of this: it makes
-its own keys and has its own records.
+new sites need, also to the pinned peers of a policy that is as it was dealt, and otherwise prints
+`nothing to do`. A hospital would do none of this: it makes its own keys, has its own records, and
+pins whom it has called.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from certs.files import CertificateError
+from certs.files import CURRENT, CertificateError
+from certs.fingerprint import name_signing
 from certs.parties import list_sites
 from demo.keys import make_keys
 from demo.model import NAME, make_model
@@ -30,12 +32,13 @@ from fedqlora.config import load_run
 from fedqlora.engine.base import base_digest
 from fedqlora.errors import ConfigError, DataError, FedqloraError
 from fedqlora.files import write_durably
+from fedqlora.keys import load_signing_key
 
 HOSTS = ("superlink", "control")
 """Names of the SuperLink in the cluster's networks."""
 
 _CENTRE = ("certs", "superlink", "coordinator", "evaluator", "root", "models", "held-out")
-_SITE = ("supernode", "trainer", "data", "policy")
+_SITE = ("supernode", "trainer", "data", "policy", "state")
 _RECORD = "deal.json"  # written last into held-out: how the records were dealt
 
 
@@ -50,8 +53,8 @@ def bootstrap(deal: Path, sites: Sequence[str], experiment: Path) -> list[str]:
     Raises:
         CertificateError: a volume holds other keys than `deal/certs`, or they have expired;
             nothing was written into any party's volume.
-        FedqloraError: a volume is missing or cannot be written, or the records that are there
-            were dealt by another seed.
+        FedqloraError: a volume is missing or cannot be written, the records that are there were
+            dealt by another seed, or a site's ledger of privacy spent is lost.
     """
     sites = list(sites)
     if sites != site_names(len(sites)):
@@ -78,7 +81,8 @@ def bootstrap(deal: Path, sites: Sequence[str], experiment: Path) -> list[str]:
     model = deal / "models" / NAME
     if make_model(model):
         lines.append(f"{model}: base model")
-    return lines + _deal_policies(deal, sites, model)
+    lines += _deal_policies(deal, sites, model)
+    return lines + _make_ledgers(deal, sites)
 
 
 def _check_volumes(deal: Path, sites: Sequence[str]) -> None:
@@ -142,14 +146,52 @@ def _deal_data(deal: Path, sites: Sequence[str], seed: int) -> list[str]:
 
 
 def _deal_policies(deal: Path, sites: Sequence[str], model: Path) -> list[str]:
-    """A policy that approves the demo's model, for sites that have none."""
-    paths = [deal / "sites" / site / "policy" / "policy.toml" for site in sites]
-    missing = [path for path in paths if not path.exists()]
-    if missing:
-        text = render_policy(base_digest(model))
-        for path in missing:
-            write_durably(path, text.encode())
-    return [f"{path}: approves {NAME}" for path in missing]
+    """A policy that approves the demo's model and pins all sites, where there is no other."""
+    keys = deal / "certs" / "sites"
+    peers = {name: _name_key(keys / name / CURRENT) for name in list_sites(deal / "certs")}
+    lines = []
+    for site in sites:
+        path = deal / "sites" / site / "policy" / "policy.toml"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        if text and all(fingerprint in text for fingerprint in peers.values()):
+            continue
+        digest = base_digest(model)
+        if not text:
+            lines.append(f"{path}: approves {NAME}, pins {', '.join(peers)}")
+        elif text in _dealt_before(digest, peers):
+            lines.append(f"{path}: pins {', '.join(peers)}; start trainer-{site} again")
+        else:
+            continue
+        write_durably(path, render_policy(digest, peers=peers).encode())
+    return lines
+
+
+def _dealt_before(digest: str, peers: Mapping[str, str]) -> set[str]:
+    """Policies as they were dealt when there were fewer sites: nobody has edited these."""
+    known = list(peers.items())
+    return {render_policy(digest, peers=dict(known[:count])) for count in range(len(known))}
+
+
+def _name_key(keys: Path) -> str:
+    """The fingerprint of a site's signing key."""
+    public = load_signing_key(keys / "signing.key").public_key()
+    return name_signing(public.public_bytes_raw().hex())
+
+
+def _make_ledgers(deal: Path, sites: Sequence[str]) -> list[str]:
+    """A ledger of privacy spent, for sites that never had one."""
+    states = {site: deal / "sites" / site / "state" for site in sites}
+    if all((state / "ledger.jsonl").exists() for state in states.values()):
+        return []
+    # Imported here: a second, which a rerun that has nothing to make does not need.
+    from client.ledger import make_ledger
+
+    lines = []
+    for site, state in states.items():
+        key = load_signing_key(deal / "certs" / "sites" / site / CURRENT / "signing.key")
+        if make_ledger(site, state, key):
+            lines.append(f"{state}: ledger of privacy spent")
+    return lines
 
 
 def _holds_any(folder: Path) -> bool:

@@ -7,6 +7,7 @@ texts. Without a story the base model is one of the demo's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from certs.roster import ROSTER_FILE, SIGNATURE_FILE
@@ -75,6 +76,7 @@ class Hospitals:
         self._seed = config.seed
         self._partition = partition
         self._masked = config.secure_aggregation.enabled
+        self._private = config.privacy.unit != "none"
 
     @property
     def held_out(self) -> Path:
@@ -156,6 +158,23 @@ class Hospitals:
             name: name_key(load_signing_key(self._keys(name) / "signing.key").public_key())
             for name in self.names
         }
+
+    def make_ledgers(self, states: Mapping[str, Path]) -> None:
+        """Give each hospital that never had one a ledger of privacy spent, if the run promises any.
+
+        Args:
+            states: the folder of each hospital's trainer, by name.
+
+        Raises:
+            LedgerError: a hospital had one, and it is gone.
+        """
+        if not self._private:
+            return
+        # Only here, as the accounting behind it loads far more than a demo otherwise needs.
+        from client.ledger import make_ledger
+
+        for name, state in states.items():
+            make_ledger(name, state, load_signing_key(self._keys(name) / "signing.key"))
 
     def _hand_out_roster(self) -> None:
         """Give each hospital the signed roster, in which its trainer looks for pinned peers."""

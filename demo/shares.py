@@ -8,9 +8,10 @@ the roster) follows as a new version behind `current`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from certs.files import (
     CURRENT,
@@ -33,10 +34,9 @@ class Share:
 
     volume: Path
     """The party's own folder, a mount point."""
-    source: Path
-    """Where the files lie in the folder of all parties."""
-    files: tuple[str, ...]
-    """Their names: all that the party needs and nothing else."""
+    files: Mapping[str, Path]
+    """All that the party needs and nothing else: a file's name, and where it lies in the folder of
+    all parties."""
     versioned: bool
     """Whether they go into `v1/`, `v2/`, ... behind `current`, or lie in the volume itself."""
 
@@ -55,8 +55,8 @@ class Share:
         Raises:
             CertificateError: it holds the key of another party, or trusts other authorities only.
         """
-        for name in self.files:
-            held, source = self._held / name, self.source / name
+        for name, source in self.files.items():
+            held = self._held / name
             if not held.exists():
                 continue
             same = True
@@ -66,7 +66,7 @@ class Share:
                 same = not set(read_certificates(held)).isdisjoint(read_certificates(source))
             if not same:
                 raise CertificateError(
-                    f"{held} belongs to another set of keys than {self.source}; restore the "
+                    f"{held} belongs to another set of keys than {source}; restore the "
                     "volume that was replaced, or remove all of them (`make down`) and start again"
                 )
 
@@ -81,13 +81,13 @@ class Share:
         if missing and self.versioned:
             # All of them: a reader finds one complete version.
             version = stage_version(
-                self.volume, {name: read_file(self.source / name) for name in self.files}
+                self.volume, {name: read_file(source) for name, source in self.files.items()}
             )
             switch_version(self.volume, version)
             prune_versions(self.volume)
         elif missing:
             for name in missing:
-                replace_file(self.volume / name, read_file(self.source / name))
+                replace_file(self.volume / name, read_file(self.files[name]))
             sync_folder(self.volume)
         return bool(missing) or not linked
 
@@ -101,7 +101,7 @@ class Share:
 
     def _is_outdated(self, name: str) -> bool:
         held = self._held / name
-        return not held.exists() or read_file(held) != read_file(self.source / name)
+        return not held.exists() or read_file(held) != read_file(self.files[name])
 
 
 def list_shares(deal: Path, sites: Sequence[str]) -> list[Share]:
@@ -113,6 +113,7 @@ def list_shares(deal: Path, sites: Sequence[str]) -> list[Share]:
     """
     certs = deal / "certs"
     server = certs / "superlink" / CURRENT
+    roster = {name: certs / "coordinator" / name for name in _ROSTER}
     shares = [
         _share(
             deal / "superlink",
@@ -128,10 +129,16 @@ def list_shares(deal: Path, sites: Sequence[str]) -> list[Share]:
         keys, volumes = certs / "sites" / site / CURRENT, deal / "sites" / site
         connection = ("client.key", "client.crt", "ca.crt", "supernode.key", "supernode.pub")
         shares.append(_share(volumes / "supernode", keys, *connection))
-        shares.append(_share(volumes / "trainer", keys, "signing.key", "coordinator.pub"))
+        # The roster is where a trainer looks for the peers that its policy pins.
+        own = ("signing.key", "coordinator.pub")
+        shares.append(_share(volumes / "trainer", keys, *own, elsewhere=roster))
     return shares
 
 
-def _share(volume: Path, source: Path, *files: str) -> Share:
+def _share(
+    volume: Path, source: Path, *files: str, elsewhere: Mapping[str, Path] = MappingProxyType({})
+) -> Share:
+    """Files of one folder, and some that lie elsewhere."""
     versioned = volume.name in ("superlink", "supernode", "trainer")
-    return Share(volume=volume, source=source, files=files, versioned=versioned)
+    named = {name: source / name for name in files}
+    return Share(volume=volume, files={**named, **elsewhere}, versioned=versioned)

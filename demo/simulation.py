@@ -75,7 +75,11 @@ class SimulatedSite:
 def lay_out(
     folder: RunFolder, hospitals: Hospitals, kinds: Sequence[Device]
 ) -> list[SimulatedSite]:
-    """The demo's hospitals with these machines; writes a policy for each beside its state."""
+    """The demo's hospitals with these machines; writes a policy for each beside its state.
+
+    Raises:
+        LedgerError: see Hospitals.make_ledgers.
+    """
     config = folder.config()
     sites = []
     for name, kind in zip(hospitals.names, kinds, strict=True):
@@ -98,6 +102,7 @@ def lay_out(
                 unreliability=kind.unreliability,
             )
         )
+    hospitals.make_ledgers({site.name: site.state for site in sites})
     return sites
 
 

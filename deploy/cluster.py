@@ -232,6 +232,7 @@ DEAL = (
     + """\
       - {site}-data:/deal/sites/{site}/data
       - {site}-policy:/deal/sites/{site}/policy
+      - {site}-trainer-state:/deal/sites/{site}/state
 """
 )
 

@@ -79,9 +79,11 @@ FROM code AS demo
 LABEL org.opencontainers.image.title="fedqlora-demo" \
     org.opencontainers.image.description="Development cluster: certificates, model and data of the demo"
 COPY --from=demo-dependencies /opt/demo /opt/fedqlora
-RUN ["/bin/bash", "-c", "install -d -o 10001 -g 10001 -m 0700 /deal /deal/{superlink,coordinator,evaluator,held-out,models,certs,root} /deal/sites /deal/sites/{a..z} /deal/sites/{a..z}/{supernode,trainer,data,policy}"]
+RUN ["/bin/bash", "-c", "install -d -o 10001 -g 10001 -m 0700 /deal /deal/{superlink,coordinator,evaluator,held-out,models,certs,root} /deal/sites /deal/sites/{a..z} /deal/sites/{a..z}/{supernode,trainer,data,policy,state}"]
 COPY demo demo
-RUN find demo ! -perm -a=r -exec chmod a+rX {} + && python -m compileall -q demo
+# A site's first start, which a hospital's own image does there.
+COPY client/ledger.py client/
+RUN find demo client ! -perm -a=r -exec chmod a+rX {} + && python -m compileall -q demo client
 USER 10001:10001
 
 FROM code AS server

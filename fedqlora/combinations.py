@@ -64,11 +64,6 @@ COMBINATIONS = (
         'set codec.update = "bfloat16"',
     ),
     Combination(
-        lambda run: run.privacy.unit != "none" and run.aggregation.method != "fedavg",
-        "privacy.unit needs per-example gradients of all that a round trains, which are there for "
-        'plain A and B only; set aggregation.method = "fedavg"',
-    ),
-    Combination(
         lambda run: run.privacy.unit != "none" and run.training.fewer_steps,
         "privacy.unit fixes the steps of the whole run before it starts, and training.fewer_steps "
         "would leave them to each site; set training.fewer_steps = false",
@@ -297,16 +292,11 @@ COMBINATIONS = (
     ),
     Combination(
         lambda run: (
-            run.privacy.unit != "none"
-            and (
-                run.continual.penalty > 0
-                or run.continual.orthogonal
-                or run.continual.frozen_rank > 0
-            )
+            run.privacy.unit != "none" and (run.continual.penalty > 0 or run.continual.orthogonal)
         ),
-        "privacy.unit takes clipped, noised steps of one adapter only, without continual.penalty, "
-        "continual.orthogonal or a frozen adapter beside it; set continual.replay_fraction "
-        "instead, which the ledger is charged for",
+        "privacy.unit takes clipped, noised steps only, without continual.penalty or "
+        "continual.orthogonal; set continual.replay_fraction instead, which the ledger is charged "
+        "for",
     ),
     Combination(
         lambda run: (

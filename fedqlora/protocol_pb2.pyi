@@ -89,7 +89,7 @@ class Tensors(_message.Message):
     def __init__(self, encoding: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Describe(_message.Message):
-    __slots__ = ("config", "ledger_heads", "next_round")
+    __slots__ = ("config", "ledger_heads", "next_round", "app_digest")
     class LedgerHeadsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -100,13 +100,15 @@ class Describe(_message.Message):
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     LEDGER_HEADS_FIELD_NUMBER: _ClassVar[int]
     NEXT_ROUND_FIELD_NUMBER: _ClassVar[int]
+    APP_DIGEST_FIELD_NUMBER: _ClassVar[int]
     config: str
     ledger_heads: _containers.ScalarMap[str, str]
     next_round: int
-    def __init__(self, config: _Optional[str] = ..., ledger_heads: _Optional[_Mapping[str, str]] = ..., next_round: _Optional[int] = ...) -> None: ...
+    app_digest: str
+    def __init__(self, config: _Optional[str] = ..., ledger_heads: _Optional[_Mapping[str, str]] = ..., next_round: _Optional[int] = ..., app_digest: _Optional[str] = ...) -> None: ...
 
 class Train(_message.Message):
-    __slots__ = ("config", "adapter", "residual", "control", "anchor", "ledger_heads", "round_keys", "encryption_key")
+    __slots__ = ("config", "adapter", "residual", "control", "anchor", "ledger_heads", "round_keys", "encryption_key", "app_digest")
     class LedgerHeadsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +124,7 @@ class Train(_message.Message):
     LEDGER_HEADS_FIELD_NUMBER: _ClassVar[int]
     ROUND_KEYS_FIELD_NUMBER: _ClassVar[int]
     ENCRYPTION_KEY_FIELD_NUMBER: _ClassVar[int]
+    APP_DIGEST_FIELD_NUMBER: _ClassVar[int]
     config: str
     adapter: Tensors
     residual: Tensors
@@ -130,7 +133,8 @@ class Train(_message.Message):
     ledger_heads: _containers.ScalarMap[str, str]
     round_keys: _containers.RepeatedCompositeFieldContainer[RoundKey]
     encryption_key: WrappedKey
-    def __init__(self, config: _Optional[str] = ..., adapter: _Optional[_Union[Tensors, _Mapping]] = ..., residual: _Optional[_Union[Tensors, _Mapping]] = ..., control: _Optional[_Union[Tensors, _Mapping]] = ..., anchor: _Optional[_Union[Tensors, _Mapping]] = ..., ledger_heads: _Optional[_Mapping[str, str]] = ..., round_keys: _Optional[_Iterable[_Union[RoundKey, _Mapping]]] = ..., encryption_key: _Optional[_Union[WrappedKey, _Mapping]] = ...) -> None: ...
+    app_digest: str
+    def __init__(self, config: _Optional[str] = ..., adapter: _Optional[_Union[Tensors, _Mapping]] = ..., residual: _Optional[_Union[Tensors, _Mapping]] = ..., control: _Optional[_Union[Tensors, _Mapping]] = ..., anchor: _Optional[_Union[Tensors, _Mapping]] = ..., ledger_heads: _Optional[_Mapping[str, str]] = ..., round_keys: _Optional[_Iterable[_Union[RoundKey, _Mapping]]] = ..., encryption_key: _Optional[_Union[WrappedKey, _Mapping]] = ..., app_digest: _Optional[str] = ...) -> None: ...
 
 class Evaluate(_message.Message):
     __slots__ = ("config", "adapter", "residual")

@@ -81,6 +81,8 @@ def _federate(
         folder.name,
         newest.issued if newest else 0,
         history,
+        # A simulation packs no app: its hash is empty.
+        grid.run.fab_hash,
     )
     evaluator = _evaluator(folder.config(), roster, exchange)
     return federate(folder, exchange, len(roster.sites), evaluator)

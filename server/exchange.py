@@ -88,6 +88,7 @@ class Answer:
         sent_bytes: size of the instruction.
         received_bytes: size of the reply.
         stale: whether it answers the round before.
+        instruction: digest of the instruction's header that it answers.
     """
 
     node: int
@@ -98,6 +99,7 @@ class Answer:
     sent_bytes: int = 0
     received_bytes: int = 0
     stale: bool = False
+    instruction: bytes = b""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -132,6 +134,7 @@ class Exchange:
         run: the run's name in every envelope.
         issued: the highest issue number that this run has used before.
         history: the centre's audit log, and what it knows of the sites' logs.
+        app: digest of the app that runs here; empty in a simulation, where none is packed.
     """
 
     def __init__(
@@ -142,6 +145,7 @@ class Exchange:
         run: str,
         issued: int,
         history: CentreLog,
+        app: str = "",
     ) -> None:
         self._grid = grid
         self._key = key
@@ -150,6 +154,7 @@ class Exchange:
         self._overdue: dict[str, _Sent] = {}
         self.issued = issued
         self.history = history
+        self.app = app
 
     def nodes(self) -> set[int]:
         """Nodes that are connected now.
@@ -319,7 +324,12 @@ class Exchange:
                 received_bytes=len(data),
             )
         return Answer(
-            node=node, site=signer, message=body, sent_bytes=size, received_bytes=len(data)
+            node=node,
+            site=signer,
+            message=body,
+            sent_bytes=size,
+            received_bytes=len(data),
+            instruction=sent.digest,
         )
 
 

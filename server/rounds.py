@@ -67,7 +67,7 @@ def federate(
     metrics = Metrics(folder.path / "metrics.jsonl")
     checkpoint = folder.latest()
     metrics.forget_after(checkpoint.round if checkpoint else -1)
-    receipts = Receipts(folder.path)
+    receipts = Receipts(folder.path, config, exchange)
     sites = Sites(config, exchange, metrics, registered, _agreed(checkpoint), receipts)
     sites.gather(checkpoint.round + 1 if checkpoint else 1)
     if checkpoint is None:
@@ -146,11 +146,11 @@ def run_round(
         addressees,
         pb.TRAIN,
         round_,
-        _instruct(config, round_, before, sites.receipts.heads(), intake, anchor),
+        _instruct(config, round_, before, sites.receipts.heads(), intake, anchor, exchange.app),
         config.federation.round_deadline_seconds,
         use_late=config.federation.late_updates == "use",
     ):
-        sites.receipts.keep(answer.site, answer.message)
+        answer = sites.receipts.take(answer, round_, sites.agreed.base_digest)
         if answer.site in excluded:
             continue
         absent.pop(answer.site, None)
@@ -201,6 +201,7 @@ def _instruct(
     ledger_heads: Mapping[str, str],
     intake: Intake | SecureRound | EncryptedRound,
     anchor: Adapter,
+    app: str,
 ) -> bytes:
     """The payload of a training instruction, the same for every site."""
     control = None
@@ -216,6 +217,7 @@ def _instruct(
         ledger_heads=ledger_heads,
         round_keys=intake.round_keys,
         encryption_key=intake.encryption_key,
+        app_digest=app,
     )
     return train.SerializeToString()
 

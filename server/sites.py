@@ -169,6 +169,7 @@ class Sites:
             config=self._config.model_dump_json(),
             ledger_heads=self.receipts.heads(),
             next_round=round_,
+            app_digest=self._exchange.app,
         ).SerializeToString()
         addressees = dict.fromkeys(sorted(nodes), ANY_SITE)
         found: dict[str, tuple[int, Described, pb.Description]] = {}
@@ -185,7 +186,7 @@ class Sites:
                 self._problems[who] = answer.reason
                 continue
             said = answer.message
-            self.receipts.keep(answer.site, said)
+            self.receipts.keep_head(answer.site, said.ledger_head)
             shapes = tuple((tensor.name, tuple(tensor.shape)) for tensor in said.tensors)
             described = Described(
                 base_digest=said.base_digest, family=said.family, spec=AdapterSpec(shapes=shapes)

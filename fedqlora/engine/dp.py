@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -86,8 +86,13 @@ def train_privately(
     sampling_rate: float,
     round_: int,
     rounds: int,
+    residual: Adapter | None = None,
+    trained: Collection[str] | None = None,
 ) -> Trained:
     """Train one private round. Two calls never give the same delta.
+
+    Only what trains is clipped and gets noise, which is the shorter the fewer values train; a
+    half that does not stays as it was sent, to the bit.
 
     Args:
         base: the model; its adapter is set to `adapter` first.
@@ -99,9 +104,11 @@ def train_privately(
         sampling_rate: q; the expected number of units in a step is q times the units there are.
         round_: the number of this round, from 1.
         rounds: all rounds of the run.
+        residual: what lies frozen beside the adapter; None for nothing.
+        trained: names of the tensors that train; None for all.
 
     Returns:
-        The delta; its counts and loss are of the data and must not leave the site.
+        The delta of what trains; its counts and loss are of the data and must not leave the site.
 
     Raises:
         PrivacyError: some layer's gradients cannot be told apart by example.
@@ -109,6 +116,7 @@ def train_privately(
     """
     base.set_adapter(adapter)
     check_exactness(base, config)
+    base.set_adapter(adapter, residual, trained)
     base.model.train()
     set_checkpointing(base, config.gradient_checkpointing)
     parameters = base.trainable()
@@ -136,8 +144,9 @@ def train_privately(
         tokens += sum(count_targets(e, base.family) for unit in drawn for e in unit)
     seconds = time.perf_counter() - started
     logger.info("round %d of %d: %d private steps in %.1f s", round_, rounds, config.steps, seconds)
+    after = base.get_adapter()
     return Trained(
-        delta=subtract(base.get_adapter(), adapter),
+        delta=subtract({name: after[name] for name in parameters}, adapter),
         examples=seen,
         tokens=tokens,
         loss=loss / max(seen, 1),
@@ -197,6 +206,9 @@ def unit_gradients(
 
 def check_exactness(base: BaseModel, config: TrainingConfig) -> None:
     """Refuse a model whose examples' gradients cannot be told apart; asked on made-up tokens.
+
+    Asked once a model, of both halves of the adapter, whichever of them trains; afterwards both
+    do, with the values that they had and nothing beside them.
 
     Raises:
         PrivacyError: names the first layer whose gradient of one example in a batch differs from

@@ -11,7 +11,9 @@ Guarantees, each restated in tests/fedqlora/test_accountant.py:
 - `calibrate_noise` returns noise whose epsilon is at most the promise, and within 1 % of it
   unless less noise than `LEAST_NOISE` would do.
 
-Edge cases: nothing spent is epsilon 0; a sampling rate of 1 is the plain Gaussian mechanism.
+Edge cases: nothing spent is epsilon 0; a sampling rate of 1 is the plain Gaussian mechanism; what
+Renyi accounting finds above `MOST_EPSILON` is infinity, since its distribution would not fit into
+memory, and such figures may come from anybody's receipt.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ MOST_NOISE = 256.0
 """A larger noise multiplier leaves nothing to learn: what needs one is refused."""
 LEAST_NOISE = 0.2
 """Less noise is not calibrated: epsilon is in the tens there and says little."""
+MOST_EPSILON = 500.0
+"""A larger one says nothing, and is not worked out."""
 # Ten times coarser than the library's, and ten times as fast; measured: epsilon 3.1097 for 3.1096.
 _GRID = 1e-3
 _TOLERANCE = 0.01
@@ -134,6 +138,8 @@ def calibrate_noise(epsilon: float, delta: float, sampling_rate: float, steps: i
 
 @functools.lru_cache(maxsize=1024)
 def _pld_epsilon(spendings: tuple[Spending, ...], delta: float) -> float:
+    if _compose(RdpAccountant(_ORDERS), spendings, delta) > MOST_EPSILON:
+        return math.inf
     return _compose(PLDAccountant(value_discretization_interval=_GRID), spendings, delta)
 
 

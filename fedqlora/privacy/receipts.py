@@ -15,24 +15,33 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Literal
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from fedqlora.errors import ReceiptError
-from fedqlora.privacy.accountant import Spending, spent_epsilon
+from fedqlora.privacy.accountant import LEAST_NOISE, MOST_NOISE, Spending, spent_epsilon
 from fedqlora.section import Section
 
 _PREFIX = b"fedqlora receipt\x00"
 _EXACT = 1e-6
 
+# What anybody signs is recomputed: figures that no site can have come by are not looked at further.
+Rate = Annotated[float, Field(gt=0, le=1)]
+Noise = Annotated[float, Field(ge=LEAST_NOISE, le=MOST_NOISE)]
+Steps = Annotated[int, Field(ge=1, le=10**6)]
+Delta = Annotated[float, Field(gt=0, lt=1)]
+
 
 class Receipt(Section):
     """One site's account of one round."""
 
-    mechanism: str = "poisson-sampled gaussian, one unit added or removed"
-    """The mechanism and the neighbours that epsilon is about."""
+    mechanism: Literal["poisson-sampled gaussian, one unit added or removed"] = (
+        "poisson-sampled gaussian, one unit added or removed"
+    )
+    """The mechanism and the neighbours that epsilon is about; no other is accounted for."""
     site: str
     """Who trained and signed."""
     run: str
@@ -41,32 +50,34 @@ class Receipt(Section):
     """The round, from 1."""
     cohort: str
     """Whose privacy was spent."""
-    unit: str
-    """`example` or `patient`."""
-    sampling_rate: float
+    unit: Annotated[str, Field(pattern="^(example|patient)$")]
+    """What epsilon is about: `example` or `patient`."""
+    sampling_rate: Rate
     """Probability with which each unit entered a step."""
-    noise_multiplier: float
+    noise_multiplier: Noise
     """Standard deviation of the noise over the clip norm."""
     clip_norm: float
     """Largest norm of one unit's share of a step."""
-    steps: int
+    steps: Steps
     """Steps of this round."""
-    delta: float
+    delta: Delta
     """Delta of the run's promise."""
     epsilon_round: float
     """Epsilon of this round alone, at `delta`."""
-    run_steps: int
+    run_steps: Steps
     """Steps of this run so far."""
     epsilon_run: float
     """Epsilon of this run so far, at `delta`."""
-    cohort_delta: float
+    cohort_delta: Delta
     """Delta at which the cohort's account is kept."""
     epsilon_cohort: float
     """Epsilon of all that the cohort has spent, in all runs, at `cohort_delta`."""
-    cohort_spent: tuple[tuple[float, float, int], ...]
+    cohort_spent: tuple[tuple[Rate, Noise, Steps], ...] = Field(max_length=1000)
     """All that the cohort has spent: sampling rate, noise multiplier, steps."""
     base_digest: str
     """Digest of the base model's files."""
+    app_digest: str
+    """Digest of the Flower app, as the signed instruction claims it: a trainer sees no app."""
     instruction_digest: str
     """SHA-256 of the signed instruction's header."""
     update_digest: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import stat
 import sys
 from collections.abc import Callable
@@ -21,10 +22,11 @@ from fedqlora.adapter import AdapterSpec
 from fedqlora.codec import decode
 from fedqlora.config import RunConfig
 from fedqlora.errors import EncryptionError, SecureAggregationError
+from fedqlora.privacy.receipts import open_receipt
 from fedqlora.secure import ckks
 from fedqlora.secure.masks import from_bytes
-from fedqlora.secure.vector import Counts, Scale, unpack, vector_length
-from tests.client import test_trainer
+from fedqlora.secure.vector import Counts, Scale, Total, unpack, vector_length
+from tests.client import test_private, test_trainer
 from tests.client.test_trainer import SITE, Site, ask, describe, exchange, instruct, parse
 from tests.fedqlora.secure.house import signing_key
 
@@ -233,16 +235,14 @@ def test_an_attack_is_refused_with_the_rule_that_it_breaks(tmp_path: Path, name:
     assert refused.value.rule == rule
 
 
-def test_a_trainer_encrypts_what_a_plain_one_sends_and_its_audit_log_says_for_whom(
-    site: Site, tmp_path: Path
-) -> None:
+def train_at(site: Site, here: Round) -> tuple[pb.Update, pb.Train]:
+    """A round of the real trainer `a` under the key of its peer b; what it sent and was asked."""
     site.peers = {name: KEYS[name].public_key() for name in "bcd"}
     trusts = HomomorphicEncryption(key_sites=("b",))
     site.policy = site.policy.model_copy(update={"homomorphic_encryption": trusts})
-    here, service = Round(tmp_path / "peers"), site.service()
     message = describe(here.config)
     message.next_round = 1
-    description = ask(service, pb.DESCRIBE, message, 1)
+    description = ask(site.service(), pb.DESCRIBE, message, 1)
     assert isinstance(description, pb.Description), description
     here.describe("bcd")
     here.round_keys["a"] = description.round_key
@@ -253,35 +253,69 @@ def test_a_trainer_encrypts_what_a_plain_one_sends_and_its_audit_log_says_for_wh
     assert isinstance(update, pb.Update), update
     assert not update.HasField("delta")
     assert (update.examples, update.tokens, dict(update.metrics)) == (0, 0, {})
+    return update, train
+
+
+def open_sum(here: Round, update: pb.Update, train: pb.Train) -> Total:
+    """What b decrypts of a's update and those of c and d, of weight one and deltas of zero."""
+    total = ckks.CiphertextSum(len(update.encrypted.ciphertexts))
+    total.add("a", update.encrypted.ciphertexts)
+    checksums = {"a": update.encrypted.checksum}
+    zeros = {
+        name: np.zeros_like(value)
+        for name, value in decode(train.adapter).items()
+        if "lora_B" in name
+    }
+    for name in "cd":
+        peer = here.site(name)
+        group = peer.join(here.header, list(here.round_keys.values()))
+        counts, key = Counts(examples=1), train.encryption_key
+        own = peer.encrypt(here.header, here.config, group, key, zeros, counts)
+        total.add(name, own.encrypted.ciphertexts)
+        checksums[name] = own.encrypted.checksum
+    body = pb.Decrypt(alive=list("acd"), ciphertexts=total.ciphertexts(), checksums=checksums)
+    values = here.site("b").decrypt(here.header, here.config, body).values
+    return unpack(from_bytes(values), AdapterSpec.of(zeros), Scale.of(here.config, 4), 3)
+
+
+def test_a_trainer_encrypts_what_a_plain_one_sends_and_its_audit_log_says_for_whom(
+    site: Site, tmp_path: Path
+) -> None:
+    here = Round(tmp_path / "peers")
+    update, train = train_at(site, here)
     assert update.round_key.site == "a"
     line = site.audit()[-1]
     assert (line["event"], line["encrypted_with"], line["key_site"]) == ("trained", "a,b,c,d", "b")
+    opened = open_sum(here, update, train)
 
     plain = test_trainer.run_config(
         aggregation={"method": "ffa"}, codec={"update": "float32"}, federation={"rounds": 2}
     )
     train.config = plain.model_dump_json()
     sent = ask(site.service(), pb.TRAIN, train, 3)
-    delta = decode(sent.delta)
-    # Peers of weight one, whose deltas are zero.
-    total = ckks.CiphertextSum(len(update.encrypted.ciphertexts))
-    total.add("a", update.encrypted.ciphertexts)
-    checksums = {"a": update.encrypted.checksum}
-    wrapped = train.encryption_key
-    zeros = {name: np.zeros_like(value) for name, value in delta.items()}
-    for name in "cd":
-        peer = here.site(name)
-        group = peer.join(here.header, list(here.round_keys.values()))
-        own = peer.encrypt(here.header, here.config, group, wrapped, zeros, Counts(examples=1))
-        total.add(name, own.encrypted.ciphertexts)
-        checksums[name] = own.encrypted.checksum
-    body = pb.Decrypt(alive=list("acd"), ciphertexts=total.ciphertexts(), checksums=checksums)
-    values = here.site("b").decrypt(here.header, here.config, body).values
-    opened = unpack(from_bytes(values), AdapterSpec.of(delta), Scale.of(here.config, 4), 3)
     weight = sent.examples + 2
-    for name, value in delta.items():
+    for name, value in decode(sent.delta).items():
         np.testing.assert_allclose(opened.mean[name], value * (sent.examples / weight), atol=1e-5)
     assert opened.examples == sent.examples + 2
+
+
+def test_a_private_round_is_encrypted_too_and_its_receipt_is_over_the_ciphertexts(
+    site: Site, tmp_path: Path
+) -> None:
+    test_private.begin(site)
+    config = test_private.private_config(
+        aggregation={"method": "ffa", "weighting": "uniform"},
+        federation={"min_sites": 3, "rounds": 2},
+        homomorphic_encryption={"enabled": True, "key_site": "b"},
+    )
+    here = Round(tmp_path / "peers", config=config)
+    update, train = train_at(site, here)
+    receipt = open_receipt(update.receipt, {"a": SITE.public_key()})
+    sent = b"".join(update.encrypted.ciphertexts)
+    assert receipt.update_digest == hashlib.sha256(sent).hexdigest()
+    opened = open_sum(here, update, train)
+    assert all(value.any() for value in opened.mean.values())
+    assert opened.examples == 2, "the peers' own; of a private site no count is in the sum"
 
 
 def test_a_trainer_that_holds_the_key_logs_what_it_wrapped_and_decrypted(

@@ -17,6 +17,7 @@ from fedqlora.codec import decode
 from fedqlora.config import RunConfig, validate
 from fedqlora.engine.service import Service
 from fedqlora.errors import ConfigError
+from fedqlora.halves import select_trained
 from fedqlora.privacy.noise import SecureNoise
 from fedqlora.privacy.receipts import open_receipt
 from fedqlora.secure.collector import Collector
@@ -85,7 +86,9 @@ class Round:
     def train(self, peers: str = "bcd") -> pb.Update | pb.Refusal:
         """Describe and train; afterwards `collector` has everybody's masked update."""
         description = self.describe()
-        train, self.spec = instruct(self.config, description)
+        train, spec = instruct(self.config, description)
+        names = select_trained(dict(spec.shapes), self.config.aggregation.method, self.round)
+        self.spec = AdapterSpec(shapes=tuple(one for one in spec.shapes if one[0] in names))
         train.round_keys.extend(self.keys(description, peers))
         return self.train_with(train, peers)
 
@@ -198,11 +201,12 @@ def test_secrets_on_the_disk_are_the_owners_only(pinned: Site) -> None:
     assert str(file) not in refusal.sentence
 
 
+@pytest.mark.parametrize("method", ["fedavg", "ffa"])
 def test_a_private_round_is_masked_too_and_its_receipt_is_over_the_masked_bytes(
-    pinned: Site,
+    pinned: Site, method: str
 ) -> None:
     test_private.begin(pinned)
-    secure = {name: value for name, value in MASKED.items() if name != "aggregation"}
+    secure = {**MASKED, "aggregation": {"method": method, "weighting": "uniform"}}
     here = Round(pinned, test_private.private_config(**secure))
     update = here.train()
     assert isinstance(update, pb.Update), update
@@ -210,7 +214,8 @@ def test_a_private_round_is_masked_too_and_its_receipt_is_over_the_masked_bytes(
     assert receipt.update_digest == test_trainer.hashlib.sha256(update.masked.values).hexdigest()
     total = here.finish()
     assert (total.examples, total.tokens, total.figures) == (0, 0, {})
-    assert any(value.any() for value in total.mean.values())
+    assert all(value.any() for value in total.mean.values())
+    assert ("lora_A" in "".join(total.mean)) == (method == "fedavg")
 
 
 Refuse = Callable[[Round], pb.Refusal]

@@ -10,12 +10,15 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from client.__main__ import main
-from client.ledger import Ledger
+from client.ledger import Ledger, make_ledger
 from client.policy import Policy, Privacy
 from client.standing import describe_privacy
 from fedqlora import protocol_pb2 as pb
+from fedqlora.adapter import AdapterSpec, initial_adapter
+from fedqlora.codec import decode, decode_delta, encode
 from fedqlora.config import RunConfig, validate
 from fedqlora.errors import ConfigError, ReceiptError
+from fedqlora.halves import Method, select_trained
 from fedqlora.privacy.receipts import Receipt, check_receipts, open_receipt, sign_receipt
 from fedqlora.verify import main as verify
 from tests.client import test_trainer
@@ -27,15 +30,17 @@ KEYS = {"a": SITE.public_key()}
 
 
 def private_config(**sections: dict[str, object]) -> RunConfig:
-    return test_trainer.run_config(
-        training={"steps": 2, "batch_examples": 4, "max_length": 64, "packing": False},
-        data={"validation_fraction": 0},
-        aggregation={"method": "fedavg", "weighting": "uniform"},
-        **{"federation": {"rounds": 2}, "privacy": PROMISE, **sections},
-    )
+    defaults: dict[str, dict[str, object]] = {
+        "training": {"steps": 2, "batch_examples": 4, "max_length": 64, "packing": False},
+        "data": {"validation_fraction": 0},
+        "aggregation": {"method": "fedavg", "weighting": "uniform"},
+        "federation": {"rounds": 2},
+        "privacy": PROMISE,
+    }
+    return test_trainer.run_config(**{**defaults, **sections})
 
 
-def make_ledger(site: Site) -> int:
+def call_init(site: Site) -> int:
     keys = site.folder / "keys"
     keys.mkdir(exist_ok=True)
     pem = SITE.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
@@ -44,7 +49,7 @@ def make_ledger(site: Site) -> int:
 
 
 def begin(site: Site) -> None:
-    assert make_ledger(site) == 0
+    assert call_init(site) == 0
 
 
 def refused(site: Site, config: RunConfig, issued: int = 1, **body: Any) -> pb.Refusal:
@@ -82,6 +87,45 @@ def test_a_private_round_leaves_a_receipt_and_no_figure(site: Site) -> None:
     assert verify(["receipts", str(site.folder / "receipts.jsonl"), "--key", f"a={key}"]) == 0
 
 
+@pytest.mark.parametrize("method", ["exact_svd", "fedavg", "ffa", "fedsvd", "rolora"])
+def test_a_private_update_has_what_trains_in_its_round_and_nothing_else(
+    site: Site, method: Method
+) -> None:
+    begin(site)
+    config = private_config(aggregation={"method": method, "weighting": "uniform"})
+    service = site.service()
+    description = ask(service, pb.DESCRIBE, describe(config), 1)
+    message, spec = instruct(config, description)
+    start = decode(message.adapter)
+    if method == "exact_svd":
+        beside = initial_adapter(spec.at_rank(6), 2, {})
+        message.residual.CopyFrom(encode(beside, "float32"))
+    for round_ in (1, 2):
+        names = select_trained(start, method, round_)
+        update = parse(*exchange(service, pb.TRAIN, message, 1 + round_, round_=round_))
+        assert isinstance(update, pb.Update), update
+        delta = decode_delta(update.delta, AdapterSpec.of({name: start[name] for name in names}))
+        assert all(value.any() for value in delta.values())
+        receipt = open_receipt(update.receipt, KEYS)
+        assert receipt.run_steps == 2 * round_
+    assert len(names) == len(start) // (1 if method in ("exact_svd", "fedavg") else 2)
+
+
+def test_a_private_round_has_the_residual_beside_it_and_refuses_one_of_another_run(
+    site: Site,
+) -> None:
+    begin(site)
+    config = private_config(aggregation={"method": "exact_svd", "weighting": "uniform"})
+    service = site.service()
+    message, spec = instruct(config, ask(service, pb.DESCRIBE, describe(config), 1))
+    message.residual.CopyFrom(encode(initial_adapter(spec.at_rank(17), 2, {}), "float32"))
+    refusal = ask(service, pb.TRAIN, message, 2)
+    assert isinstance(refusal, pb.Refusal)
+    assert refusal.code == "UpdateError"
+    assert "rank 17, more than the 16 that the run allows" in refusal.sentence
+    assert not Ledger(site.folder / "ledger.jsonl", "a", SITE).spent("all"), "nothing was trained"
+
+
 def test_every_single_changed_field_of_a_receipt_is_found(site: Site, tmp_path: Path) -> None:
     begin(site)
     update = train(site, private_config())
@@ -115,7 +159,16 @@ def test_a_site_without_a_ledger_does_not_start_at_zero(site: Site) -> None:
     (site.folder / "ledger.jsonl").unlink()
     assert refused(site, private_config(), issued=5).code == "LedgerError"
     # Nor can a new one be made where there was one: the audit log remembers.
-    assert make_ledger(site) == 1
+    assert call_init(site) == 1
+    assert not (site.folder / "ledger.jsonl").exists()
+
+
+def test_a_ledger_that_is_there_is_not_made_anew(site: Site) -> None:
+    begin(site)
+    update = train(site, private_config())
+    assert isinstance(update, pb.Update)
+    begin(site)
+    assert Ledger(site.folder / "ledger.jsonl", "a", SITE).head == update.ledger_head
 
 
 def test_another_sites_a_damaged_and_an_older_ledger_are_refused(
@@ -135,8 +188,8 @@ def test_another_sites_a_damaged_and_an_older_ledger_are_refused(
     path.write_bytes(new.replace(b'"steps": 2', b'"steps": 1'))
     assert refused(site, private_config(), 4).code == "LedgerError"
     assert "does not fit its chain" in caplog.text
-    path.unlink()
-    Ledger.create(path, "b", site.folder / "none", SITE)
+    make_ledger("b", site.folder / "another", SITE)
+    path.write_bytes((site.folder / "another" / "ledger.jsonl").read_bytes())
     assert refused(site, private_config(), 5).code == "LedgerError"
     assert "is not site a's" in caplog.text
     # The true one is good with the same head, and a line that a crash cut off does no harm.

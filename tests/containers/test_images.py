@@ -89,7 +89,7 @@ def test_volumes_find_folders_that_belong_to_the_user() -> None:
             *(f"/deal/{name}" for name in ("superlink", "coordinator", "evaluator", "held-out")),
             *(f"/deal/{name}" for name in ("models", "certs", "root")),
             *(f"/deal/sites/{site}/{part}" for site in "abcdefghijklmnopqrstuvwxyz"
-              for part in ("supernode", "trainer", "data", "policy")),
+              for part in ("supernode", "trainer", "data", "policy", "state")),
         ],
     }  # fmt: skip
     for image, folders in private.items():
@@ -174,6 +174,9 @@ def test_an_image_holds_the_code_of_its_own_side_only() -> None:
     assert set(inside("demo", program)) == {*centre, "demo"}
     sources = "import json, glob; print(json.dumps(sorted(glob.glob('/app/client/*.py'))))"
     assert inside("server", sources) == ["/app/client/__init__.py", "/app/client/app.py"]
+    assert set(inside("demo", sources)) - set(inside("server", sources)) == {
+        "/app/client/ledger.py"
+    }
 
 
 def test_the_centre_ships_the_app_of_this_checkout() -> None:

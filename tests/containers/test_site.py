@@ -171,9 +171,11 @@ def test_a_hospitals_ten_minutes(tmp_path: Path, removed: None) -> None:  # noqa
         ):
             assert re.search(rf"^ok +.*{line}", said, re.MULTILINE), said
 
-        site("up")
+        assert "ledger of privacy spent: made" in site("up")
+        assert "ledger" not in site("up"), "it is made once"
         said = site("status")
         assert "connected: yes" in said
+        assert "privacy spent: nothing yet" in said
         assert "last round: none yet" in said
         assert re.search(r"certificate: 8\d days left", said)
 

@@ -16,14 +16,18 @@ import pytest
 from certs.rollover import roll_over
 from certs.rotation import rotate
 from certs.site import make_all
+from client.ledger import Ledger
+from client.peers import load_peers
 from client.policy import load_policy
 from demo.model import NAME
+from fedqlora.audit import AuditLog
 from fedqlora.engine.base import base_digest
+from fedqlora.keys import load_signing_key
 from server.roster import load_roster
 
 ROOT = Path(__file__).parents[2]
 CENTRE = ("certs", "superlink", "coordinator", "evaluator", "root", "models", "held-out")
-SITE = ("supernode", "trainer", "data", "policy")
+SITE = ("supernode", "trainer", "data", "policy", "state")
 
 
 @pytest.fixture
@@ -113,8 +117,11 @@ def test_each_party_gets_its_own_files_and_no_others(dealt: Path) -> None:
         assert listed(volumes / "supernode" / "current") == [
             "ca.crt", "client.crt", "client.key", "supernode.key", "supernode.pub",
         ]  # fmt: skip
-        assert listed(volumes / "trainer" / "current") == ["coordinator.pub", "signing.key"]
+        assert listed(volumes / "trainer" / "current") == [
+            "coordinator.pub", "roster.json", "roster.sig", "signing.key",
+        ]  # fmt: skip
         assert listed(volumes / "data") == ["records.jsonl"]
+        assert listed(volumes / "state") == ["ledger.jsonl"]
         policy = load_policy(volumes / "policy" / "policy.toml")
         assert policy.models.digests == (base_digest(dealt / "models" / NAME),)
     assert listed(dealt / "held-out") == [
@@ -123,7 +130,7 @@ def test_each_party_gets_its_own_files_and_no_others(dealt: Path) -> None:
     _, roster = load_roster(dealt / "coordinator")
     assert sorted(roster.sites) == ["a", "b", "c"]
     keys = [path for path in contents(dealt) if path.suffix == ".key"]
-    keys += [path for path in contents(dealt) if path.suffix == ".jsonl"]
+    keys += [path for path in contents(dealt) if path.parent.name in ("data", "held-out")]
     assert {stat.S_IMODE(path.stat().st_mode) for path in keys} == {0o600}
     versions = [path for path in dealt.rglob("v1") if dealt / "certs" not in path.parents]
     assert {stat.S_IMODE(path.stat().st_mode) for path in versions} == {0o700}
@@ -152,7 +159,7 @@ def test_more_sites_get_keys_and_records_and_the_first_ones_keep_theirs(dealt: P
     printed = succeed(dealt, "a,b,c,d,e")
     assert "sites a, b, c keep the records that they had; those of d, e come from" in printed
     changed = {path for path, data in before.items() if path.read_bytes() != data}
-    assert {path.name for path in changed} == {"roster.json", "roster.sig"}
+    assert {path.name for path in changed} == {"roster.json", "roster.sig", "policy.toml"}
     _, roster = load_roster(dealt / "coordinator")
     assert sorted(roster.sites) == ["a", "b", "c", "d", "e"]
     held_out = prompts(dealt / "held-out" / "codes.jsonl")
@@ -162,6 +169,44 @@ def test_more_sites_get_keys_and_records_and_the_first_ones_keep_theirs(dealt: P
         assert held_out.isdisjoint(records)
     assert succeed(dealt, "a,b,c,d,e") == "nothing to do\n"
     assert succeed(dealt, "a,b") == "nothing to do\n"
+
+
+def peers_of(deal: Path, site: str) -> list[str]:
+    """The peers that a site's trainer would find when it is started."""
+    volumes = deal / "sites" / site
+    policy = load_policy(volumes / "policy" / "policy.toml")
+    return sorted(load_peers(policy, volumes / "trainer" / "current", site))
+
+
+def test_sites_pin_each_others_signing_keys_and_new_ones_are_pinned_too(dealt: Path) -> None:
+    assert [peers_of(dealt, site) for site in "abc"] == [["b", "c"], ["a", "c"], ["a", "b"]]
+    add_sites(dealt, "d")
+    printed = succeed(dealt, "a,b,c,d")
+    assert "a/policy/policy.toml: pins a, b, c, d; start trainer-a again" in printed
+    assert [peers_of(dealt, site) for site in "ad"] == [["b", "c", "d"], ["a", "b", "c"]]
+    assert succeed(dealt, "a,b,c,d") == "nothing to do\n"
+
+
+def test_a_policy_that_somebody_has_edited_pins_nobody_new(dealt: Path) -> None:
+    policy = dealt / "sites" / "b" / "policy" / "policy.toml"
+    edited = policy.read_text().replace("rank = 64", "rank = 8")
+    policy.write_text(edited)
+    add_sites(dealt, "d")
+    succeed(dealt, "a,b,c,d")
+    assert policy.read_text() == edited
+    assert peers_of(dealt, "b") == ["a", "c"]
+
+
+def test_a_ledger_is_made_once_and_none_takes_a_lost_ones_place(dealt: Path) -> None:
+    state = dealt / "sites" / "b" / "state"
+    ledger = state / "ledger.jsonl"
+    key = load_signing_key(dealt / "certs" / "sites" / "b" / "current" / "signing.key")
+    head = Ledger(ledger, "b", key).head
+    # A site that had begun to train privately: its audit log knows of a ledger.
+    AuditLog(state / "audit.jsonl", key).append("described", ledger_head=head)
+    ledger.unlink()
+    assert "shows that this site had a ledger; restore it" in refuse(dealt, "a,b,c")
+    assert not ledger.exists()
 
 
 def test_what_was_renewed_is_dealt_as_a_new_version_and_lasting_keys_stay(dealt: Path) -> None:
@@ -182,7 +227,12 @@ def test_what_was_renewed_is_dealt_as_a_new_version_and_lasting_keys_stay(dealt:
         assert (volume / "v1" / "ca.crt").read_bytes() == before[volume / "v1" / "ca.crt"]
     root = dealt / "certs" / "superlink" / "current" / "root.crt"
     assert (dealt / "root" / "root.crt").read_bytes() == root.read_bytes()
-    assert listed(dealt / "sites" / "b" / "trainer") == ["current", "v1"]
+    trainer = dealt / "sites" / "b" / "trainer"
+    for name in ("roster.json", "roster.sig"):
+        held = (trainer / "current" / name).read_bytes()
+        assert held == (dealt / "certs" / "coordinator" / name).read_bytes()
+    for name in ("signing.key", "coordinator.pub"):
+        assert (trainer / "current" / name).read_bytes() == before[trainer / "v1" / name]
     assert succeed(dealt, "a,b,c") == "nothing to do\n"
     roll_over(dealt / "certs")
     succeed(dealt, "a,b,c")

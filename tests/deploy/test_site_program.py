@@ -121,6 +121,70 @@ def test_without_a_command_the_program_lists_its_commands(kit: Path) -> None:
         assert f"./site {command}" in said or f"| {command}" in said
 
 
+ENGINE = """#!/bin/sh
+# An engine in which every call does nothing and is well, and which writes the calls down.
+echo "$@" >>"$ENGINE_CALLS"
+case $* in
+"image inspect --format"*) sed -n 's/^ *"id": "\\(.*\\)",*$/\\1/p' "$ENGINE_KIT/manifest.json" ;;
+*"ledger init"*) echo "$ENGINE_LEDGER"; exit "$ENGINE_STATUS" ;;
+esac
+"""
+
+
+def start(kit: Path, home: Path, ledger: str, status: int = 0) -> tuple[int, str, str]:
+    """`./site up` at that engine: exit status, what was said, and the calls."""
+    program = home / "bin" / "docker"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(ENGINE)
+    program.chmod(0o755)
+    calls = home / "calls"
+    calls.unlink(missing_ok=True)
+    done = subprocess.run(
+        ["dash", kit / "site", "up"],
+        env={
+            "PATH": f"{program.parent}:{os.environ['PATH']}",
+            "SITE_HOME": str(home),
+            "ENGINE_CALLS": str(calls),
+            "ENGINE_KIT": str(kit),
+            "ENGINE_LEDGER": ledger,
+            "ENGINE_STATUS": str(status),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, calls.read_text()
+
+
+def test_the_first_start_makes_the_ledger_and_a_later_one_does_not(
+    kit: Path, tmp_path: Path
+) -> None:
+    home = make_home(kit, tmp_path)
+    status, said, calls = start(kit, home, "made /state/ledger.jsonl; back it up")
+    assert status == 0, said
+    assert "ledger of privacy spent: made, in the volume fedqlora-a_trainer-state" in said
+    made = calls.splitlines()
+    (call,) = [line for line in made if "ledger init" in line]
+    assert "--network none" in call
+    assert "--site a --state /state --keys /keys/current" in call
+    # Compose makes the volume before anything else mounts it.
+    assert [" create trainer" in line for line in made].index(True) < made.index(call)
+    status, said, calls = start(kit, home, "made /state/ledger.jsonl; back it up")
+    assert (status, "ledger" in said, "ledger init" in calls) == (0, False, False)
+
+
+def test_where_a_ledger_was_lost_the_first_start_says_so_and_starts_nothing(
+    kit: Path, tmp_path: Path
+) -> None:
+    home = make_home(kit, tmp_path)
+    lost = "/state/audit.jsonl shows that this site had a ledger; restore it from a backup"
+    status, said, calls = start(kit, home, lost, status=1)
+    assert (status, lost in said) == (1, True)
+    assert "up --detach" not in calls
+    assert not (home / "ledger-made").exists()
+
+
 @pytest.mark.parametrize("command", ["up", "stop", "status", "rollback"])
 def test_before_init_the_other_commands_say_what_to_do(command: str, kit: Path) -> None:
     status, said = call(kit, command)

@@ -1,5 +1,6 @@
 """The files that images are built from agree with each other and with the project."""
 
+import json
 import os
 import re
 import subprocess
@@ -49,6 +50,26 @@ def test_every_folder_of_code_that_an_image_copies_passes_its_ignore_file(name: 
     # Of certs its code alone: beside it lie the keys that it makes.
     assert {f"!{one}" if one != "certs" else "!certs/*.py" for one in copied} <= set(allowed)
     assert "!certs" not in allowed
+
+
+def test_the_image_that_deals_has_what_it_needs_of_a_site() -> None:
+    code = (
+        "import json, sys, demo.bootstrap, client.ledger; "
+        "print(json.dumps([name for name in sys.modules if name.startswith('client.')]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    needed = {f"client/{name.partition('.')[2]}.py" for name in json.loads(done.stdout)}
+    copied = {
+        file
+        for line in re.findall(r"^COPY (client/.*) client/$", dockerfile("server"), re.M)
+        for file in line.split()
+    }
+    allowed = (ROOT / "docker/server.Dockerfile.dockerignore").read_text().split("\n")
+    assert needed
+    assert needed <= copied
+    assert {f"!{file}" for file in copied} <= set(allowed)
 
 
 def test_requirements_come_from_the_project_file(tmp_path: Path) -> None:

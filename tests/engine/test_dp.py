@@ -12,10 +12,11 @@ import torch
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor
 
-from fedqlora.adapter import Adapter, norm
+from fedqlora.adapter import A_PART, B_PART, Adapter, norm
 from fedqlora.config import TrainingConfig
 from fedqlora.engine.data import Tokenized
 from fedqlora.engine.dp import check_exactness, sum_clipped, train_privately, unit_gradients
+from fedqlora.engine.lora import RESIDUAL, named_tensors
 from fedqlora.engine.loss import plan_batches, sum_losses
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.train import set_checkpointing
@@ -53,6 +54,19 @@ def alone(base: BaseModel, unit: list[Tokenized]) -> dict[str, Tensor]:
     return found
 
 
+def residual_of(base: BaseModel) -> Adapter:
+    """What exact_svd would send beside the adapter, of another rank than its own."""
+    generator = np.random.default_rng(7)
+    return {
+        name: generator.normal(0, 0.05, [6 if n == 4 else n for n in shape]).astype(np.float32)
+        for name, shape in base.spec().shapes
+    }
+
+
+def half_of(base: BaseModel, part: str) -> list[str]:
+    return [name for name, _ in base.spec().shapes if part in name]
+
+
 def uneven(examples: list[Tokenized]) -> list[Tokenized]:
     return [Tokenized(e.prompt, e.completion[: 1 + i % 3]) for i, e in enumerate(examples)]
 
@@ -80,6 +94,88 @@ def test_each_patients_gradient_is_that_of_its_examples_one_at_a_time(
         size = norm({name: value.numpy() for name, value in expected.items()})
         for name, value in expected.items():
             assert (together[name][place] - value).norm() <= 1e-5 * size, name
+
+
+@pytest.mark.parametrize("part", [A_PART, B_PART])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_where_one_half_trains_beside_a_residual_each_patients_gradient_is_that_halfs_alone(
+    family: str,
+    part: str,
+    request: pytest.FixtureRequest,
+    start: Start,
+    examples: list[Tokenized],
+) -> None:
+    base = load(request.getfixturevalue(f"{family}_folder"))
+    adapter = warm(base, start).get_adapter()
+    texts = uneven(examples)
+    units = [texts[:1], texts[1:4], texts[4:]]
+    base.set_adapter(adapter, None, half_of(base, part))
+    without, _ = unit_gradients(base, units, CONFIG)
+    base.set_adapter(adapter, residual_of(base), half_of(base, part))
+    together, _ = unit_gradients(base, units, CONFIG)
+    assert list(together) == half_of(base, part)
+    for place, unit in enumerate(units):
+        expected = alone(base, unit)
+        size = norm({name: value.numpy() for name, value in expected.items()})
+        for name, value in expected.items():
+            assert (together[name][place] - value).norm() <= 1e-5 * size, name
+        # The residual is in the forward pass: without it these are other gradients.
+        assert any((without[n][place] - g).norm() > 1e-3 * size for n, g in expected.items())
+
+
+@pytest.mark.parametrize("part", [A_PART, B_PART])
+def test_where_one_half_trains_one_patient_more_moves_that_half_by_at_most_the_clip_norm(
+    llama: BaseModel, start: Start, examples: list[Tokenized], part: str
+) -> None:
+    adapter = warm(llama, start).get_adapter()
+    units, added = [examples[:2], examples[2:9]], examples[9:]
+    sizes = []
+    for trained in (None, half_of(llama, part)):
+        llama.set_adapter(adapter, None, trained)
+        share, _ = unit_gradients(llama, [added], CONFIG)
+        sizes.append(math.sqrt(sum(float(g.square().sum()) for g in share.values())))
+    whole, size = sizes
+    clip_norm = size / 2
+    before, _ = sum_clipped(llama, units, CONFIG, clip_norm)
+    after, _ = sum_clipped(llama, [*units, added], CONFIG, clip_norm)
+    assert list(after) == half_of(llama, part)
+    move = math.sqrt(sum(float((after[n] - before[n]).square().sum()) for n in after))
+    # The norm is taken of what trains: of everything the same patient would be cut down further.
+    assert whole > size
+    assert move == pytest.approx(clip_norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("part", [A_PART, B_PART])
+def test_the_half_that_does_not_train_and_the_residual_stay_as_they_were_sent(
+    llama: BaseModel, start: Start, examples: list[Tokenized], part: str
+) -> None:
+    adapter = warm(llama, start).get_adapter()
+    beside, names = residual_of(llama), half_of(llama, part)
+    result = train_privately(
+        llama, adapter, [[e] for e in examples], CONFIG, clip_norm=1.0, noise_multiplier=1.0,
+        sampling_rate=0.5, round_=1, rounds=1, residual=beside, trained=names,
+    )  # fmt: skip
+    after = llama.get_adapter()
+    assert list(result.delta) == names
+    assert all(value.any() for value in result.delta.values())
+    for name in after.keys() - set(names):
+        np.testing.assert_array_equal(after[name], adapter[name])
+    for name, tensor in named_tensors(llama.model, RESIDUAL).items():
+        np.testing.assert_array_equal(tensor.detach().numpy(), beside[name])
+
+
+def test_a_layer_that_mixes_the_rows_is_refused_also_where_one_half_trains(
+    llama_folder: Path, start: Start, examples: list[Tokenized]
+) -> None:
+    base = load(llama_folder, nf4=False)
+    mlp = base.model.get_base_model().model.layers[0].mlp
+    mlp.register_forward_hook(lambda _m, _a, out: out + out.mean(0, keepdim=True))
+    with pytest.raises(PrivacyError, match="does not keep the examples of a batch apart"):
+        train_privately(
+            base, start(base), [[e] for e in examples], CONFIG, clip_norm=1.0,
+            noise_multiplier=1.0, sampling_rate=0.5, round_=1, rounds=1,
+            trained=half_of(base, B_PART),
+        )  # fmt: skip
 
 
 def test_the_length_of_one_example_leaves_anothers_gradient_alone(

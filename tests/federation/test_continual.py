@@ -13,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.ledger import Ledger
+from client.ledger import make_ledger
 from client.policy import Limits, Models, Policy, Privacy
 from client.trainer import Trainer
 from fedqlora import VERSION
@@ -418,7 +418,7 @@ def test_two_private_tasks_of_one_cohort_add_up_in_the_ledger_replayed_records_i
     for site in SITES:
         state = tmp_path / "state" / site
         state.mkdir(parents=True)
-        Ledger.create(state / "ledger.jsonl", site, state / "audit.jsonl", site_key(site))
+        make_ledger(site, state, site_key(site))
     sections: dict[str, dict[str, object]] = {
         "privacy": {"unit": "patient", "epsilon": 4.0, "delta": 0.01},
         "training": {"packing": False, "steps": 2, "batch_examples": 4},
