@@ -59,7 +59,8 @@ def test_a_private_run_takes_one_command_and_a_lost_ledger_is_not_replaced(tmp_p
     runs = sorted((tmp_path / "runs" / "simulated").glob("tiny-private-*"))
     spent = []
     for run in runs:
-        receipts = [json.loads(line)["receipt"] for line in (run / "receipts.jsonl").open()]
+        lines = (run / "receipts.jsonl").read_text().splitlines()
+        receipts = [json.loads(line)["receipt"] for line in lines]
         assert sorted(one["site"] for one in receipts) == ["a", "b"]
         spent.append(receipts[0]["epsilon_cohort"])
     assert spent[1] > spent[0], "the second run goes on with the first one's ledger"

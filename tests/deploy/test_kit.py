@@ -167,8 +167,8 @@ def test_the_policy_explains_every_rule_and_allows_nothing_yet(kit: Path) -> Non
             assert " ".join(rule.description.split()) in prose, "a rule without its meaning"
     config = validate(RunConfig, {"model": {"base": "tiny"}}, "run.toml")
     with pytest.raises(PolicyRefusal, match=r"models\.digests"):
-        check(policy, config, 1, "d" * 64)
-    check(policy, config, 1, UNDECIDED)  # only the model is undecided
+        check(policy, config, 1, "d" * 64, "")
+    check(policy, config, 1, UNDECIDED, "")  # only the model is undecided
 
 
 def test_the_list_of_parts_is_cyclonedx_and_names_each_package(kit: Path) -> None:
