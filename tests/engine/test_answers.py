@@ -57,7 +57,7 @@ def record(completion: str) -> Record:
 def test_answers_are_compared_word_by_word() -> None:
     right = record(" the cat sat down ")
     same, near, far = compare(["the cat sat down", "the cat", "dogs"], [right] * 3)
-    assert same == {"exact_match": 1, "rouge1": 1, "rouge2": 1, "rougeL": 1}
+    assert same == pytest.approx({"exact_match": 1, "rouge1": 1, "rouge2": 1, "rougeL": 1})
     # Two words of two are right, two of four are there: F = 2 * 1 * 0.5 / 1.5. Of pairs 1 and 1/3.
     assert near == pytest.approx(
         {"exact_match": 0, "rouge1": 2 / 3, "rouge2": 0.5, "rougeL": 2 / 3}
