@@ -50,7 +50,12 @@ class Setting:
                 "compute_dtype": "float32",
             },
             "lora": {"rank": self.rank},
-            "training": {"max_length": 128, "packing": False, "schedule": "constant", **training},
+            "training": {
+                "max_length": 128,
+                "packing": protection != PRIVATE,
+                "schedule": "constant",
+                **training,
+            },
             "data": {"validation_fraction": 0},
             "federation": {"rounds": 1, "min_sites": 3},
             "aggregation": {"method": "fedavg", "weighting": "uniform"},

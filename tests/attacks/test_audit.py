@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from tests.attacks.conftest import EPSILON, make_rows
 
 CANARIES = 800
 DELTA = 1e-7
+Mechanism = Callable[..., float]
 
 
 def canaries(site: str = "a", count: int = CANARIES) -> list[dict[str, object]]:
@@ -33,7 +35,7 @@ def test_no_lower_bound_of_a_private_round_is_above_its_epsilon(setting: Setting
 
 
 @pytest.fixture(scope="module")
-def mechanism(models, tmp_path_factory):  # type: ignore[no-untyped-def]
+def mechanism(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Mechanism:
     """Audits the engine's private training: noise over clip norm, rate, steps -> bound."""
     folder = tmp_path_factory.mktemp("mechanism")
     setting = Setting(folder=folder, models=models, base="tiny-llama", epsilon=EPSILON)
@@ -62,9 +64,6 @@ def mechanism(models, tmp_path_factory):  # type: ignore[no-untyped-def]
         return audit_delta(trained.delta, tosses, gradients, known, DELTA)
 
     return audit
-
-
-Mechanism = Callable[..., float]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tests.attacks.conftest import EPSILON, make_rows
 
 
 @pytest.fixture(scope="module")
-def remembered(models, tmp_path_factory) -> Remembered:  # type: ignore[no-untyped-def]
+def remembered(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Remembered:
     folder = tmp_path_factory.mktemp("memory")
     setting = Setting(folder=folder, models=models, base="tiny-llama", epsilon=EPSILON)
     secrets = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ FOR_EACH = {"a": WORDS[:18], "b": WORDS[18:36], "c": WORDS[36:54]}
 
 
 @pytest.fixture(scope="module")
-def recovered(models, tmp_path_factory) -> Recovered:  # type: ignore[no-untyped-def]
+def recovered(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Recovered:
     """Eighteen words at each site: fewer than the first layer's 24 rows; 54 of all are more."""
     setting = Setting(
         folder=tmp_path_factory.mktemp("span"), models=models, base="tiny-llama", epsilon=1.0
