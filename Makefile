@@ -117,6 +117,11 @@ compare: install ## a table and a page of several runs (RUNS="runs/a runs/b", or
 	@test -n "$(RUNS)$(EXPERIMENTS)" || { echo 'Name what to compare: make compare EXPERIMENTS="icd10-*" or RUNS="runs/a runs/b"'; exit 2; }
 	@exec $(BIN)/python -m $(if $(RUNS),server compare $(RUNS) $(if $(OUT),--out $(OUT)),demo compare --experiments '$(EXPERIMENTS)' --sites $(SITES) $(if $(compared_rounds),--rounds $(compared_rounds)))
 
+EPSILON ?= 2
+.PHONY: attack
+attack: install ## what an aggregator could recover of the records, unprotected and protected (EPSILON=2 OUT=file)
+	@exec $(BIN)/python -m attacks --epsilon $(EPSILON) $(if $(OUT),--out $(OUT))
+
 .PHONY: certs
 certs: install ## certificate authority, SuperLink and development sites (SITES=3 HOSTS="name ...")
 	@$(BIN)/python -m certs make --development --out certs/out --sites $(names) $(foreach host,$(HOSTS),--host $(host)) $(as_json)

@@ -243,8 +243,9 @@ def check_exactness(base: BaseModel, config: TrainingConfig) -> None:
                 gap = float((together[name][place] - gradient[0]).norm())
                 # bfloat16 keeps 8 bits, and rows of another number may be multiplied otherwise.
                 close = 1e-3 if base.compute_dtype == torch.float32 else 0.1
-                # Some gradients are zero but for rounding, so the whole one's size counts too.
-                if gap > close * max(float(gradient.norm()), flat / 100):
+                # Some gradients are zero but for rounding, so the whole one's size counts too: 30
+                # layers of SmolLM2 in NF4 differ by up to 5e-5 of it.
+                if gap > close * max(float(gradient.norm()), flat / 10):
                     raise _inseparable(name)
     finally:
         base.set_adapter(kept)

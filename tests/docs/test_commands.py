@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = (
     "README.md",
+    "docs/attacks.md",
     "docs/continual.md",
     "docs/runbook.md",
     "docs/stories.md",
