@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client.ledger import Ledger
+from client.ledger import make_ledger
 from client.policy import Models, Policy
 from client.trainer import Trainer
 from fedqlora import protocol_pb2 as pb
@@ -165,7 +165,7 @@ class Sites:
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         key = self._keys[name]
         audit = AuditLog(folder / "audit.jsonl", key)
-        Ledger.create(folder / "ledger.jsonl", name, folder / "audit.jsonl", key)
+        make_ledger(name, folder, key)
         peers = {other: k.public_key() for other, k in self._keys.items() if other != name}
         trainer = Trainer(
             site=name,
