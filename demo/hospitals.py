@@ -75,7 +75,10 @@ class Hospitals:
         self.data = home / ".cache" / kind / dealt
         self._seed = config.seed
         self._partition = partition
-        self._masked = config.secure_aggregation.enabled
+        self._summed = config.sums_only
+        encryption = config.homomorphic_encryption
+        self.key_sites = (str(encryption.key_site),) if encryption.enabled else ()
+        """Hospitals that may decrypt a sum, if the run encrypts its updates."""
         self._private = config.privacy.unit != "none"
 
     @property
@@ -116,14 +119,15 @@ class Hospitals:
         for line in make_keys(self.certs, self.names, (), advice):
             print(line, flush=True)
         digest, peers = self.digest(), self.peers()
-        if self._masked:
+        if self._summed:
             self._hand_out_roster()
         for name in self.names:
             policy = self._policy(name)
             text = policy.read_text(encoding="utf-8") if policy.exists() else ""
             # A hospital's own edits stay; a new base model or peer needs a new approval.
             if not all(one in text for one in (digest, *peers.values())):
-                policy.write_text(render_policy(digest, peers=peers), encoding="utf-8")
+                approved = render_policy(digest, peers=peers, key_sites=self.key_sites)
+                policy.write_text(approved, encoding="utf-8")
 
     def _deal(self) -> str:
         """Deal the records; returns what to say about it."""
@@ -151,8 +155,8 @@ class Hospitals:
         return base_digest(self.models / self._base)
 
     def peers(self) -> dict[str, str]:
-        """The fingerprints of all hospitals' signing keys, if the run masks its updates."""
-        if not self._masked:
+        """The fingerprints of all hospitals' signing keys, if the run opens sums only."""
+        if not self._summed:
             return {}
         return {
             name: name_key(load_signing_key(self._keys(name) / "signing.key").public_key())
@@ -187,5 +191,7 @@ class Hospitals:
         return self.certs / "sites" / name / "current"
 
     def _policy(self, name: str) -> Path:
-        kind = "masked.toml" if self._masked else "toml"
-        return self.data / f"{name}.policy.{kind}"
+        parts = [name, "policy"]
+        if self._summed:
+            parts += ["summed", *(f"by-{site}" for site in self.key_sites)]
+        return self.data / f"{'.'.join(parts)}.toml"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 _POLICY = """\
@@ -22,7 +22,11 @@ allowed = ["examples", "tokens", "train_loss", "validation_loss", "step_seconds"
 
 [peers]
 # The demo's hospitals, with which an update may be masked: fingerprints of their signing keys.
-{peers}"""
+{peers}
+[homomorphic_encryption]
+# Whose key an update may be encrypted under.
+key_sites = [{key_sites}]
+"""
 
 
 def render_policy(
@@ -30,6 +34,7 @@ def render_policy(
     steps: int = 200,
     rank: int = 64,
     peers: Mapping[str, str] = MappingProxyType({}),
+    key_sites: Sequence[str] = (),
 ) -> str:
     """The text of policy.toml that approves one base model, so many steps a round and a rank.
 
@@ -38,6 +43,8 @@ def render_policy(
         steps: most in a round.
         rank: largest LoRA rank.
         peers: fingerprints of the hospitals' signing keys, by name.
+        key_sites: hospitals that may decrypt a sum.
     """
     pinned = "".join(f'{name} = "{fingerprint}"\n' for name, fingerprint in peers.items())
-    return _POLICY.format(digest=digest, steps=steps, rank=rank, peers=pinned)
+    keepers = ", ".join(f'"{name}"' for name in key_sites)
+    return _POLICY.format(digest=digest, steps=steps, rank=rank, peers=pinned, key_sites=keepers)

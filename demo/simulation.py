@@ -90,6 +90,7 @@ def lay_out(
             steps=max(1, round(config.training.steps * kind.steps)),
             rank=max(1, round(config.lora.rank * kind.rank)),
             peers=hospitals.peers(),
+            key_sites=hospitals.key_sites,
         )
         write_durably(state / "policy.toml", text.encode())
         sites.append(
