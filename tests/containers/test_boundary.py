@@ -132,7 +132,8 @@ def test_each_process_of_a_site_holds_what_it_needs_and_no_more(cluster: Cluster
     listing = "import json, os; print(json.dumps(sorted(os.listdir('{}'))))"
     trainer = cluster.python("trainer-a", listing.format("/keys/current"))
     supernode = cluster.python("supernode-a", listing.format("/keys/current"))
-    assert trainer == ["coordinator.pub", "signing.key"]
+    # The signed roster is public: there a trainer looks for the peers that its policy pins.
+    assert trainer == ["coordinator.pub", "roster.json", "roster.sig", "signing.key"]
     assert supernode == ["ca.crt", "client.crt", "client.key", "supernode.key", "supernode.pub"]
     mounts = {
         service: {mount["Destination"] for mount in cluster.inspect(service)["Mounts"]}
