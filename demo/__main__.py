@@ -76,7 +76,7 @@ def _run(options: argparse.Namespace) -> None:
     config = submit.configure(experiment, overrides, options.sites)
     home = options.home.resolve()
     hospitals = Hospitals(config, options.sites, home, options.partition)
-    hospitals.prepare()
+    _prepare(hospitals, home / "runs")
     facts = {"partition": options.partition, "baselines": options.baselines}
     folder = _create(home / "runs", config, hospitals, facts)
     _federate(folder, config, hospitals)
@@ -99,10 +99,11 @@ def _simulate(options: argparse.Namespace) -> None:
         devices = load_devices(submit.find_experiment(options.devices, known))
     home = options.home.resolve()
     hospitals = Hospitals(config, options.sites, home, simulated=True)
-    hospitals.prepare()
-    facts = {"devices": devices.model_dump(mode="json"), "workers": options.workers}
     # Runs of their own: the centre's audit log there knows the simulated sites and no others.
-    folder = _create(home / "runs" / "simulated", config, hospitals, facts)
+    runs = home / "runs" / "simulated"
+    _prepare(hospitals, runs)
+    facts = {"devices": devices.model_dump(mode="json"), "workers": options.workers}
+    folder = _create(runs, config, hospitals, facts)
     _run_simulation(folder, hospitals, devices, options.workers)
 
 
@@ -130,7 +131,7 @@ def _continue(options: argparse.Namespace) -> None:
         lambda chain: submit.configure(experiment, {**overrides, **chain}, int(demo["sites"])),
     )
     hospitals = _hospitals(further.config, demo, options.home.resolve())
-    hospitals.prepare()
+    _prepare(hospitals, earlier.path.parent)
     further.check_base(hospitals.digest())
     skew = hospitals.skew()
     folder = further.create(earlier.path.parent)
@@ -155,6 +156,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(rescore(folder, newcomer, hospitals.models), flush=True)
 
 
+def _prepare(hospitals: Hospitals, runs: Path) -> None:
+    """Make what a run reads, and what its sites keep, before there is a folder for it."""
+    hospitals.prepare()
+    if aside := put_aside(runs, hospitals.certs):
+        print(f"audit logs of earlier keys: {os.path.relpath(aside)}", flush=True)
+    hospitals.make_ledgers(runs)
+
+
 def _hospitals(config: RunConfig, demo: Mapping[str, Any], home: Path) -> Hospitals:
     """The parties of a run by its demo.json; one of an earlier release has no partition there."""
     partition = demo.get("partition", "dirichlet")
@@ -176,10 +185,9 @@ def _run_simulation(
     folder: RunFolder, hospitals: Hospitals, devices: Devices, workers: int
 ) -> None:
     """Simulate a run to its end and print its result."""
-    # Imported here: it brings in torch, which the demo's other commands start faster without.
+    # Imported here: the demo's other commands start faster without Flower's apps.
     from demo.simulation import lay_out, simulate
 
-    _put_aside(folder, hospitals)
     config = folder.config()
     kinds = assign(devices, len(hospitals.names), config.seed)
     counted = Counter(kind.name for kind in kinds)
@@ -232,7 +240,7 @@ def _compare(options: argparse.Namespace) -> None:
     folders = []
     try:
         for config, hospitals in zip(configs, parties, strict=True):
-            hospitals.prepare()
+            _prepare(hospitals, home / "runs")
             folder = _create(home / "runs", config, hospitals, {"baselines": False})
             folders.append(folder.path)
             _federate(folder, config, hospitals)
@@ -247,15 +255,12 @@ def _resume(folder: RunFolder, home: Path) -> None:
     """Start the same federation again; the ServerApp continues from the newest checkpoint."""
     demo = folder.read_json("demo.json")
     hospitals = _hospitals(folder.config(), demo, home)
-    hospitals.prepare()
+    _prepare(hospitals, folder.path.parent)
     _go_on(folder, hospitals, demo)
 
 
 def _federate(folder: RunFolder, config: RunConfig, hospitals: Hospitals) -> None:
     """Start every process, run, and stop every process again."""
-    _put_aside(folder, hospitals)
-    state = folder.path.parent / SITES
-    hospitals.make_ledgers({name: state / f"trainer-{name}" for name in hospitals.names})
     print(f"run {_show(folder)}: starting SuperLink, evaluator and sites", flush=True)
     with LocalFederation(
         certs=hospitals.certs,
@@ -264,17 +269,11 @@ def _federate(folder: RunFolder, config: RunConfig, hospitals: Hospitals) -> Non
         sites=hospitals.sites(),
         models=hospitals.models,
         held_out=hospitals.held_out if config.evaluation.enabled else None,
-        state=state,
+        state=folder.path.parent / SITES,
     ) as federation:
         run_id = submit.start(folder, pack(REPOSITORY), federation.control)
         if run_id is not None:
             submit.follow(folder, run_id, federation.control, folder.path / "processes")
-
-
-def _put_aside(folder: RunFolder, hospitals: Hospitals) -> None:
-    """Say where the audit logs of earlier keys went, if there were any."""
-    if aside := put_aside(folder.path.parent, hospitals.certs):
-        print(f"audit logs of earlier keys: {os.path.relpath(aside)}", flush=True)
 
 
 def _show(folder: RunFolder) -> str:

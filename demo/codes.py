@@ -6,15 +6,12 @@ body systems: without symptoms, injuries, external causes and the chapters U and
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
-
-with warnings.catch_warnings():
-    # It reads its files by a function that newer Pythons have deprecated.
-    warnings.simplefilter("ignore", DeprecationWarning)
-    import simple_icd_10_cm as icd
+from typing import Any
 
 # Short, each starting with another word: the option is told by its first token or two.
 CHAPTERS = {
@@ -90,6 +87,7 @@ def normalise(text: str) -> str:
 
 def read_codes() -> list[Text]:
     """Every leaf code of the 17 chapters, in the classification's order."""
+    icd = _classification()
     return [
         _text(number, code, icd.get_description(code))
         for number in CHAPTERS
@@ -100,6 +98,7 @@ def read_codes() -> list[Text]:
 
 def read_wordings() -> list[Text]:
     """Every inclusion term that names a disease, in the classification's order."""
+    icd = _classification()
     return [
         _text(number, code, term)
         for number in CHAPTERS
@@ -116,7 +115,7 @@ def categories() -> list[str]:
         f"{chapter}, {code}"
         for number, chapter in CHAPTERS.items()
         for code in _descendants(number)
-        if icd.is_category(code)
+        if _classification().is_category(code)
     ]
 
 
@@ -130,7 +129,17 @@ def group(texts: list[Text]) -> dict[str, list[Text]]:
 
 def _descendants(number: str) -> list[str]:
     """Codes of a chapter; a block that is one category has the category's code, given once."""
-    return list(dict.fromkeys(icd.get_descendants(number)))
+    return list(dict.fromkeys(_classification().get_descendants(number)))
+
+
+@functools.cache
+def _classification() -> Any:
+    """The package, which reads its files for 2 s when it is imported: only where it is asked."""
+    with warnings.catch_warnings():
+        # It does so by a function that newer Pythons have deprecated.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import simple_icd_10_cm
+    return simple_icd_10_cm
 
 
 def _text(number: str, code: str, text: str) -> Text:

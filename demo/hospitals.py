@@ -7,7 +7,6 @@ texts. Without a story the base model is one of the demo's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from certs.roster import ROSTER_FILE, SIGNATURE_FILE
@@ -15,12 +14,12 @@ from client.fetch import fetch
 from client.peers import name_key
 from demo.commands import LocalSite
 from demo.data import describe, make_data
+from demo.earlier import SITES
 from demo.keys import make_keys
 from demo.layout import count_labels
 from demo.model import MODELS
 from demo.names import LETTERS, MOST_SITES, site_names
 from demo.partition import Partition
-from demo.picture import draw
 from demo.policy import render_policy
 from demo.stories import STORIES, make_story
 from demo.stories import describe as describe_story
@@ -80,6 +79,7 @@ class Hospitals:
         self.key_sites = (str(encryption.key_site),) if encryption.enabled else ()
         """Hospitals that may decrypt a sum, if the run encrypts its updates."""
         self._private = config.privacy.unit != "none"
+        self._simulated = simulated
 
     @property
     def held_out(self) -> Path:
@@ -141,6 +141,9 @@ class Hospitals:
             dealt = make_wards(
                 self.data, count, self._seed, self._task, self._earlier, self._partition
             )
+        # Only here, as it loads matplotlib.
+        from demo.picture import draw
+
         picture = self.data / "deal.svg"
         draw(dealt, picture)
         return f"{describe(dealt)}\npicture: {picture}"
@@ -163,11 +166,15 @@ class Hospitals:
             for name in self.names
         }
 
-    def make_ledgers(self, states: Mapping[str, Path]) -> None:
+    def state(self, runs: Path, name: str) -> Path:
+        """Where a hospital's trainer keeps what outlives a run, in a folder of run folders."""
+        return runs / SITES / (name if self._simulated else f"trainer-{name}")
+
+    def make_ledgers(self, runs: Path) -> None:
         """Give each hospital that never had one a ledger of privacy spent, if the run promises any.
 
         Args:
-            states: the folder of each hospital's trainer, by name.
+            runs: folder of run folders.
 
         Raises:
             LedgerError: a hospital had one, and it is gone.
@@ -177,7 +184,9 @@ class Hospitals:
         # Only here, as the accounting behind it loads far more than a demo otherwise needs.
         from client.ledger import make_ledger
 
-        for name, state in states.items():
+        for name in self.names:
+            state = self.state(runs, name)
+            state.mkdir(parents=True, exist_ok=True)
             make_ledger(name, state, load_signing_key(self._keys(name) / "signing.key"))
 
     def _hand_out_roster(self) -> None:

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal, get_args
-
-from datasets import Dataset
-from flwr_datasets.partitioner import (
-    DirichletPartitioner,
-    GroupedNaturalIdPartitioner,
-    IidPartitioner,
-    LinearPartitioner,
-    Partitioner,
-    ShardPartitioner,
-)
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from demo.names import LETTERS
-from demo.stratified import StratifiedPartitioner
 from fedqlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
 
 Partition = Literal["dirichlet", "iid", "label", "natural", "quantity", "stratified"]
 """dirichlet    every hospital sees every chapter in another proportion (arXiv 1909.06335)
@@ -62,6 +54,9 @@ def split(
     Raises:
         ConfigError: a hospital would get fewer than the least number of rows.
     """
+    # Only here, as it loads for a second, and records are dealt once.
+    from datasets import Dataset
+
     smallest = SMALLEST_SITE if sites <= LETTERS else SMALLEST_OF_MANY
     partitioner = _make_partitioner(rows, sites, partition, seed, smallest, label, group)
     dataset = Dataset.from_list(rows)
@@ -92,6 +87,16 @@ def _make_partitioner(
     label: str,
     group: str,
 ) -> Partitioner:
+    from flwr_datasets.partitioner import (
+        DirichletPartitioner,
+        GroupedNaturalIdPartitioner,
+        IidPartitioner,
+        LinearPartitioner,
+        ShardPartitioner,
+    )
+
+    from demo.stratified import StratifiedPartitioner
+
     named: dict[str, Any] = {"num_partitions": sites, "partition_by": label, "seed": seed}
     if partition == "dirichlet":
         # With the same alpha most of a hundred hospitals would get next to nothing.

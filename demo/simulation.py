@@ -9,8 +9,6 @@ take any site.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import logging
 import os
 import sys
@@ -26,23 +24,15 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
 from client.app import reply_with, unwrap
-from client.peers import load_peers
-from client.policy import load_policy
-from client.trainer import Trainer
 from demo.devices import Device
 from demo.earlier import SITES
 from demo.hospitals import Hospitals
 from demo.policy import render_policy
-from fedqlora.audit import AuditLog
-from fedqlora.engine.service import Identity, Service, listen
-from fedqlora.engine.warm import WarmModel
-from fedqlora.envelope import claimed_header
 from fedqlora.errors import FederationError, FedqloraError
 from fedqlora.files import write_durably
 from server.app import main as run_rounds
 from server.checkpoint import RunFolder
 from server.evaluation import NAME
-from server.evaluator import Scorer
 
 _ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -75,15 +65,11 @@ class SimulatedSite:
 def lay_out(
     folder: RunFolder, hospitals: Hospitals, kinds: Sequence[Device]
 ) -> list[SimulatedSite]:
-    """The demo's hospitals with these machines; writes a policy for each beside its state.
-
-    Raises:
-        LedgerError: see Hospitals.make_ledgers.
-    """
+    """The demo's hospitals with these machines; writes a policy for each beside its state."""
     config = folder.config()
     sites = []
     for name, kind in zip(hospitals.names, kinds, strict=True):
-        state = folder.path.parent / SITES / name
+        state = hospitals.state(folder.path.parent, name)
         state.mkdir(parents=True, exist_ok=True)
         text = render_policy(
             hospitals.digest(),
@@ -103,7 +89,6 @@ def lay_out(
                 unreliability=kind.unreliability,
             )
         )
-    hospitals.make_ledgers({site.name: site.state for site in sites})
     return sites
 
 
@@ -176,6 +161,11 @@ def _evaluating(
     if held_out is None:
         yield
         return
+    # Only here, as they bring in torch.
+    from fedqlora.engine.service import Identity, Service, listen
+    from fedqlora.engine.warm import WarmModel
+    from server.evaluator import Scorer
+
     identity = Identity.load(NAME, keys)
     state = folder.path.parent / SITES / NAME
     server = listen(
@@ -205,6 +195,9 @@ def _make_client_app(sites: Sequence[SimulatedSite], models: Path) -> ClientApp:
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
+        # Only in Ray's workers, as it brings in torch.
+        from demo.simulated_site import answer
+
         site = sites[int(context.node_config["partition-id"])]
         try:
             reply = answer(site, models, unwrap(message))
@@ -215,41 +208,3 @@ def _make_client_app(sites: Sequence[SimulatedSite], models: Path) -> ClientApp:
         return reply_with(message, reply)
 
     return app
-
-
-def answer(site: SimulatedSite, models: Path, envelope: bytes) -> bytes:
-    """One instruction in, one signed reply out, by the trainer of a site.
-
-    Raises:
-        RuntimeError: the site does not answer in this round.
-    """
-    if _is_away(site, envelope):
-        raise RuntimeError("the site's trainer does not answer")
-    identity = Identity.load(site.name, site.keys)
-    audit = AuditLog(site.state / "audit.jsonl", identity.key)
-    policy = load_policy(site.policy)
-    trainer = Trainer(
-        site=site.name,
-        data=site.data,
-        models=models,
-        state=site.state,
-        policy=policy,
-        peers=load_peers(policy, site.keys, site.name),
-        key=identity.key,
-        audit=audit,
-        warm=_warm_model(),
-    )
-    return Service(identity, site.state / "window", trainer, audit=audit).exchange(envelope)
-
-
-@functools.cache
-def _warm_model() -> WarmModel:
-    """This worker's base model, which all sites that it plays share."""
-    return WarmModel()
-
-
-def _is_away(site: SimulatedSite, envelope: bytes) -> bool:
-    """Whether a site misses a round; it never misses the beginning of a run."""
-    header = claimed_header(envelope)
-    draw = hashlib.sha256(f"away:{header.run}:{site.name}:{header.round}".encode()).digest()
-    return header.round > 0 and int.from_bytes(draw[:8], "big") < site.unreliability * 2**64

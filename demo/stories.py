@@ -18,9 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-import httpx
-
 from demo.layout import write_layout
 from demo.names import site_names
 from demo.partition import PARTITIONS, Partition, Row, split
@@ -132,6 +129,10 @@ def make_story(
 
 def _read(story: Story, part: str, source: Path | None) -> list[Row]:
     """The records of one split."""
+    # Only here, as they load for a second.
+    import datasets
+    import httpx
+
     place = {"path": str(source)} if source else {"path": story.dataset, "revision": story.revision}
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()

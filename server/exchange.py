@@ -40,6 +40,8 @@ log = logging.getLogger("server")
 
 # Shared by all sites that have not answered: few are asked often, many do not flood the SuperLink.
 LOOKS_PER_SECOND = 20
+# A look costs the SuperLink 6 ms: who trains for minutes need not be asked twenty times a second.
+LONGEST_PAUSE_SECONDS = 1.0
 # Looking sooner, the grid finds replies that are still arriving; Flower waits 1, 2, 4 s then.
 FIRST_RETRY_SECONDS = 0.1
 vars(http_grid)["pull_objects"] = functools.partial(
@@ -255,6 +257,7 @@ class Exchange:
             del own, envelope, array, content, message
         # Sent: what follows may take hours, and an adapter is large.
         del payload
+        began = time.monotonic()
         while pending:
             for identifier, sent in list(pending.items()):
                 # One id at a time: a pull of all would hold all their replies in memory.
@@ -266,7 +269,8 @@ class Exchange:
             if pending and time.monotonic() > deadline:
                 break
             if pending:
-                time.sleep(len(pending) / LOOKS_PER_SECOND)
+                slower = min(LONGEST_PAUSE_SECONDS, (time.monotonic() - began) / 20)
+                time.sleep(max(len(pending) / LOOKS_PER_SECOND, slower))
         if use_late:
             self._overdue = {name: sent for name, sent in pending.items() if not sent.stale}
         for sent in pending.values():

@@ -1,4 +1,4 @@
-"""The demo as a user runs it: one process that starts all others, with the real small model."""
+"""The demo as a user runs it: one process that starts all others."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from demo.model import NAME
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-SHORT = f"""
-name = "short"
+SHORT = """
+name = "{name}"
 [model]
-base = "{NAME}"
+base = "{base}"
 [training]
-steps = 1
+steps = {steps}
 batch_examples = 4
 [data]
 validation_examples = 2
@@ -34,9 +34,7 @@ max_examples = 4
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo")
-    (folder / "short.toml").write_text(SHORT)
-    return folder
+    return tmp_path_factory.mktemp("demo")
 
 
 def demo(home: Path, *arguments: str) -> list[str]:
@@ -68,12 +66,18 @@ def list_runs(home: Path) -> set[Path]:
     return {path.parent for path in (home / "runs").glob("*/config.json")}
 
 
-def begin(home: Path) -> list[str]:
-    return ["run", "--experiment", str(home / "short.toml"), "--sites", "2", "--rounds", "1"]
+def write_experiment(home: Path, name: str, *, base: str = "tiny-llama", steps: int = 1) -> Path:
+    path = home / f"{name}.toml"
+    path.write_text(SHORT.format(name=name, base=base, steps=steps))
+    return path
+
+
+def begin(experiment: Path) -> list[str]:
+    return ["run", "--experiment", str(experiment), "--sites", "2", "--rounds", "1"]
 
 
 def test_a_demo_prints_its_table_and_leaves_a_run_folder_and_no_process(home: Path) -> None:
-    result = run(home, *begin(home))
+    result = run(home, *begin(write_experiment(home, "real", base=NAME)))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "| untuned base |" in result.stdout
     assert "| federated    |" in result.stdout
@@ -88,9 +92,10 @@ def test_a_demo_prints_its_table_and_leaves_a_run_folder_and_no_process(home: Pa
 
 def test_an_interrupted_demo_stops_every_process_and_resumes(home: Path) -> None:
     before = list_runs(home)
+    command = demo(home, *begin(write_experiment(home, "interrupted")))
     with subprocess.Popen(
-        demo(home, *begin(home)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True,
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
     ) as process:  # fmt: skip
         assert process.stdout is not None
         printed = []
@@ -112,8 +117,7 @@ def test_an_interrupted_demo_stops_every_process_and_resumes(home: Path) -> None
 
 def test_a_comparison_runs_its_experiments_and_shows_both(home: Path) -> None:
     for steps in (1, 2):
-        text = SHORT.replace("short", f"pair-{steps}").replace("steps = 1", f"steps = {steps}")
-        (home / f"pair-{steps}.toml").write_text(text)
+        write_experiment(home, f"pair-{steps}", steps=steps)
     result = run(home, "compare", "--experiments", "pair-*", "--folder", str(home),
                  "--sites", "2", "--rounds", "1")  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
@@ -129,7 +133,7 @@ def test_expired_certificates_are_one_sentence_and_no_run(home: Path, tmp_path: 
     past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=100)
     make_all(tmp_path / "certs" / "out", ["a", "b"], now=past)
     (tmp_path / ".cache").symlink_to(home / ".cache")
-    result = run(tmp_path, *begin(home))
+    result = run(tmp_path, *begin(write_experiment(tmp_path, "late")))
     assert result.returncode == 1
     assert "is not usable" in result.stderr
     assert "Traceback" not in result.stderr

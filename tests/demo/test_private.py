@@ -71,3 +71,4 @@ def test_a_private_run_takes_one_command_and_a_lost_ledger_is_not_replaced(tmp_p
     assert "shows that this site had a ledger; restore it" in refused.stderr
     assert refused.stderr.count("\n") == 1
     assert not ledger.exists()
+    assert sorted((tmp_path / "runs" / "simulated").glob("tiny-private-*")) == runs

@@ -14,8 +14,9 @@ from server.checkpoint import RunFolder
 
 def main(folder: Path, run: str, unreliability: float, names: list[str]) -> None:
     """Run a run folder under FOLDER/simulated/runs; the last site is the unreliable one."""
+    opened = RunFolder(folder / "simulated" / "runs" / run)
     simulate(
-        RunFolder(folder / "simulated" / "runs" / run),
+        opened,
         [
             SimulatedSite(
                 name=name,
@@ -29,7 +30,7 @@ def main(folder: Path, run: str, unreliability: float, names: list[str]) -> None
         ],
         models=folder / "models",
         certs=folder / "certs",
-        held_out=folder / "held-out",
+        held_out=folder / "held-out" if opened.config().evaluation.enabled else None,
         workers=2,
     )
 

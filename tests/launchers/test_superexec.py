@@ -53,7 +53,7 @@ def test_the_fork_server_has_loaded_flower_and_nothing_that_an_app_bundle_carrie
 
 
 @pytest.mark.parametrize(
-    ("waited", "pause"), [(0.0, 0.1), (20.0, 0.1), (100.0, 0.5), (200.0, 1.0), (1e6, 1.0)]
+    ("waited", "pause"), [(0.0, 0.2), (10.0, 0.2), (25.0, 0.5), (50.0, 1.0), (1e6, 1.0)]
 )
 def test_who_has_waited_long_is_asked_less_often(waited: float, pause: float) -> None:
     assert choose_pause(waited) == pytest.approx(pause)
