@@ -76,23 +76,8 @@ def begin(experiment: Path) -> list[str]:
     return ["run", "--experiment", str(experiment), "--sites", "2", "--rounds", "1"]
 
 
-def test_a_demo_prints_its_table_and_leaves_a_run_folder_and_no_process(home: Path) -> None:
-    result = run(home, *begin(write_experiment(home, "real", base=NAME)))
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "| untuned base |" in result.stdout
-    assert "| federated    |" in result.stdout
-    (folder,) = list_runs(home)
-    assert (folder / "result.md").read_text().strip() in result.stdout
-    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
-    assert processes_of(home) == []
-    # Nothing is left to do: resuming a finished run prints its table again.
-    again = run(home, "resume", str(folder))
-    assert (folder / "result.md").read_text().strip() in again.stdout
-
-
-def test_an_interrupted_demo_stops_every_process_and_resumes(home: Path) -> None:
-    before = list_runs(home)
-    command = demo(home, *begin(write_experiment(home, "interrupted")))
+def test_an_interrupted_demo_stops_every_process_and_resumes_to_its_table(home: Path) -> None:
+    command = demo(home, *begin(write_experiment(home, "real", base=NAME)))
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
@@ -109,10 +94,17 @@ def test_an_interrupted_demo_stops_every_process_and_resumes(home: Path) -> None
     assert process.returncode == 130
     time.sleep(0.5)
     assert processes_of(home) == []
-    (folder,) = list_runs(home) - before
+    (folder,) = list_runs(home)
     result = run(home, "resume", str(folder))
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "| untuned base |" in result.stdout
     assert "| federated    |" in result.stdout
+    assert (folder / "result.md").read_text().strip() in result.stdout
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert processes_of(home) == []
+    # Nothing is left to do: resuming a finished run prints its table again.
+    again = run(home, "resume", str(folder))
+    assert (folder / "result.md").read_text().strip() in again.stdout
 
 
 def test_a_comparison_runs_its_experiments_and_shows_both(home: Path) -> None:
@@ -125,6 +117,7 @@ def test_a_comparison_runs_its_experiments_and_shows_both(home: Path) -> None:
     assert [line.split("-20")[0] for line in table.splitlines()[2:]] == ["| pair-1", "| pair-2"]
     page = Path(result.stdout.splitlines()[-1].removeprefix("comparison: "))
     assert "local steps" in (ROOT / page).read_text()
+    assert processes_of(home) == []
     (folder,) = (home / "runs").glob("pair-1-*")
     assert "records of" in (folder / "report.html").read_text()
 
