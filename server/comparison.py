@@ -111,7 +111,8 @@ def render_comparison(runs: Sequence[History]) -> str:
 
 def _facts(runs: Sequence[History]) -> dict[str, dict[str, str]]:
     """Column -> run -> text."""
-    return {
+    guards = {run.name: _protection(run.config) for run in runs}
+    return ({"protection": guards} if set(guards.values()) != {"none"} else {}) | {
         "status": {run.name: run.status for run in runs},
         "sites": {run.name: str(len(run.sites)) for run in runs},
         "rounds": {
@@ -122,6 +123,21 @@ def _facts(runs: Sequence[History]) -> dict[str, dict[str, str]]:
         "up": {run.name: megabytes(run.total("bytes_up")) for run in runs},
         "time in rounds": {run.name: duration(sum(run.rounds.values())) for run in runs},
     }
+
+
+def _protection(config: RunConfig) -> str:
+    """What guards the updates, in a few words."""
+    own = config.privacy
+    promises = [
+        (own.unit, None if own.unit == "none" else own.epsilon),
+        ("site", config.site_privacy.epsilon),
+    ]
+    found = [f"epsilon {value:g} a {whose}" for whose, value in promises if value is not None]
+    if config.secure_aggregation.enabled:
+        found.append("secure aggregation")
+    if config.homomorphic_encryption.enabled:
+        found.append("encryption")
+    return ", ".join(found) or "none"
 
 
 def _over_seeds(runs: Sequence[History]) -> Markup:

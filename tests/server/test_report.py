@@ -355,10 +355,12 @@ def test_a_comparison_of_promises_plots_the_scores_against_them(tmp_path: Path) 
     page = Page(render_comparison(read_runs([run.path for run in runs])))
     hints = [f"{run.name}, {x}: 2" for run, x in zip(runs, ("0", "0.125", "1"), strict=True)]
     assert set(hints) <= set(page.texts)
+    guards = ("none", "epsilon 8 a patient", "epsilon 1 a patient")
+    assert all(page.row(run.name, guard) for run, guard in zip(runs, guards, strict=True))
     same = Page(
         render_comparison(read_runs([run.path for run in runs[:1]] + [make_run(tmp_path).path]))
     )
-    assert not any("1 / epsilon" in text for text in same.texts)
+    assert not any("1 / epsilon" in text or text == "protection" for text in same.texts)
 
 
 def test_a_comparison_takes_runs_without_scores_and_hostile_names(tmp_path: Path) -> None:
