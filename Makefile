@@ -283,12 +283,11 @@ check: install ## formatting, lint, types, generated stubs
 
 # Files are dealt to workers whole: the tests of a file share their federation of processes.
 # (Groups of files would save one more, but pytest-xdist 3.8.0 does not see them under pytest 9.2.)
-# Three, on two cores: these tests start processes and wait for them a good part of the time.
-JOBS ?= 3
+JOBS ?= 2
 in_parallel = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: test
-test: install ## everything that needs no container engine (JOBS=3)
+test: install ## everything that needs no container engine (JOBS=2)
 	$(BIN)/python -m pytest -q -m 'not containers and not gpu' $(in_parallel)
 
 .PHONY: test-containers

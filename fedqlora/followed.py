@@ -54,6 +54,7 @@ class Followed(Generic[Content]):
         self._load = load
         self._describe = describe
         self._pause_seconds = pause_seconds
+        self._heirs: list[Callable[[Content], None]] = []
         self._lock = threading.Lock()
         # The stamp is older than the content: files that change in between are read again.
         self._seen = self._stamp()
@@ -79,6 +80,10 @@ class Followed(Generic[Content]):
                 self._reload()
             return self._good
 
+    def on_change(self, use: Callable[[Content], None]) -> None:
+        """Has every new good content handed to `use`, in order, before `follow` returns it."""
+        self._heirs.append(use)
+
     def keep_following(self, pause_seconds: float) -> None:
         """Looks again and again in a thread of its own, until the process ends."""
 
@@ -93,6 +98,8 @@ class Followed(Generic[Content]):
         try:
             self._good = self._load(self._folder)
             self.problem = None
+            for use in self._heirs:
+                use(self._good)
             logger.info("Now using %s.", self._describe(self._good))
         except ConfigError as error:
             self.problem = str(error)

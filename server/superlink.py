@@ -126,17 +126,22 @@ def serve_http_from(identities: ReloadingIdentity) -> None:
     served = identities.follow()
     first = newest = make_context(served)
 
-    def use_newest(connection: ssl.SSLObject, _name: str | None, _first: object) -> None:
+    def renew(current: Identity) -> None:
         nonlocal served, newest
-        current = identities.follow()
-        if current is not served:
-            # The same leaf in a shorter chain is an authority that was retired. A ServerApp goes
-            # on trusting what it started with: the chain that leads it here stays until the leaf
-            # goes, or a run would be lost. Sites, on the Fleet API, get the shorter one.
-            if current.leaf != served.leaf:
-                newest = make_context(current)
-            served = current
+        # The same leaf in a shorter chain is an authority that was retired. A ServerApp goes
+        # on trusting what it started with: the chain that leads it here stays until the leaf
+        # goes, or a run would be lost. Sites, on the Fleet API, get the shorter one.
+        if current.leaf != served.leaf:
+            newest = make_context(current)
+        served = current
+
+    def use_newest(connection: ssl.SSLObject, _name: str | None, _first: object) -> None:
+        identities.follow()
         connection.context = newest
+
+    # Not at the next handshake: between a new leaf and the end of its old authority there may be
+    # none, where a ServerApp keeps its connection.
+    identities.on_change(renew)
 
     first.set_servername_callback(use_newest)  # type: ignore[arg-type]  # asyncio: SSLObject only
     uvicorn.run = functools.partial(

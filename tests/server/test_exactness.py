@@ -130,16 +130,21 @@ def test_every_round_of_ten_gives_the_dense_mean(method: Method, mixed: bool, ca
 @given(cases())
 @settings(max_examples=40, deadline=None)
 def test_ten_uncapped_rounds_do_not_drift_from_a_run_without_factors(case: Case) -> None:
-    """The sites' products, not their factors, add up: dense in float64 beside the factored run."""
+    """The sites' products, not their factors, add up: dense in float64 beside the factored run.
+
+    Rounds may cancel each other, so the drift is measured beside the largest of them so far.
+    """
     state = Aggregate(adapter=case.start())
     residual = np.zeros((case.d_out, case.d_in))
+    largest = 0.0
     for round_ in range(1, 11):
         deltas = case.deltas((A, B), round_, mixed=True)
         bare = Aggregate(adapter=state.adapter)
         mean = dense_mean(case, bare, deltas) + residual
         state = fold(start_method("exact_svd", case, round_, state), case, deltas)
         residual = mean - product(case.scale, state.adapter)
-        assert relative_error(function(case.scale, state), mean) < 1e-5
+        largest = max(largest, float(np.linalg.norm(mean)))
+        assert np.linalg.norm(function(case.scale, state) - mean) < 1e-5 * largest
 
 
 def test_fedavg_is_not_the_mean_of_products() -> None:
