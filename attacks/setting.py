@@ -29,7 +29,7 @@ class Setting:
         base: name of the base model.
         epsilon: the promise of the private runs, one run each.
         delta: the promise's delta. An audit of m canaries says little unless it is far below 1/m.
-        rank: of the adapter; a policy allows up to 64.
+        rank: of the adapter; a policy allows up to 32 by default.
         quantization: of the base.
     """
 

@@ -40,9 +40,10 @@ class Apps(Section):
 class Limits(Section):
     """The most that one run may ask for."""
 
-    rank: int = Field(default=64, ge=1)
-    """Largest LoRA rank that trains here: bounds how much an update can carry. What the
-    coordinator sends to lie frozen beside it does not leave and is not counted."""
+    rank: int = Field(default=32, ge=1)
+    """Largest LoRA rank that trains here: bounds how much an update, or a sum of them, can carry
+    (docs/attacks.md). What the coordinator sends to lie frozen beside it does not leave and is not
+    counted."""
     steps: int = Field(default=200, ge=1)
     """Most optimizer steps in one round."""
     rounds: int = Field(default=100, ge=1)

@@ -32,7 +32,7 @@ key_sites = [{key_sites}]
 def render_policy(
     digest: str,
     steps: int = 200,
-    rank: int = 64,
+    rank: int = 32,
     peers: Mapping[str, str] = MappingProxyType({}),
     key_sites: Sequence[str] = (),
 ) -> str:

@@ -189,7 +189,7 @@ def test_sites_pin_each_others_signing_keys_and_new_ones_are_pinned_too(dealt: P
 
 def test_a_policy_that_somebody_has_edited_pins_nobody_new(dealt: Path) -> None:
     policy = dealt / "sites" / "b" / "policy" / "policy.toml"
-    edited = policy.read_text().replace("rank = 64", "rank = 8")
+    edited = policy.read_text().replace("rank = 32", "rank = 8")
     policy.write_text(edited)
     add_sites(dealt, "d")
     succeed(dealt, "a,b,c,d")
