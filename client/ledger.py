@@ -24,7 +24,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedqlora.audit import AuditLog
-from fedqlora.errors import AuditError, LedgerError
+from fedqlora.errors import AuditError, HistoryError, LedgerError
 from fedqlora.privacy.accountant import Spending
 
 LEDGER_FILE = "ledger.jsonl"
@@ -144,8 +144,14 @@ class Ledger:
         ]
 
     def _append(self, event: str, **facts: str | int | float) -> None:
+        known = self._log.head
         try:
-            self._log.append(event, **facts)
+            self._log.append_after(known, event, **facts)
+        except HistoryError:
+            raise LedgerError(
+                "somebody else has written to the ledger since this round began, so what it may "
+                "still spend is not known and nothing leaves; run one trainer of this site only"
+            ) from None
         except AuditError:
             raise LedgerError(
                 "the ledger cannot be written, so nothing leaves; free space or correct its owner"

@@ -22,7 +22,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -82,10 +82,26 @@ class AuditLog:
             AuditError: it cannot be written, or the file was changed in between; the caller
                 must not go on.
         """
+        self._append(None, event, facts)
+
+    def append_after(self, last: Head, event: str, **facts: str | int | float) -> None:
+        """The same, if no other process has added a line since `last`.
+
+        Raises:
+            HistoryError: one has, or the file was changed in between.
+            AuditError: it cannot be written.
+        """
+        self._append(last, event, facts)
+
+    def _append(
+        self, last: Head | None, event: str, facts: Mapping[str, str | int | float]
+    ) -> None:
         try:
             with self._lock, self._opened() as file:
                 self._catch_up(file)
                 head = self.head
+                if last is not None and head != last:
+                    raise HistoryError(f"audit log {self._path} has grown by another process")
                 stamp = round(time.time(), 3)
                 body = {"number": head.number + 1, "time": stamp, "event": event, **facts}
                 line, digest = _line(body, head.digest.hex() or START)

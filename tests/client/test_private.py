@@ -17,7 +17,7 @@ from fedqlora import protocol_pb2 as pb
 from fedqlora.adapter import AdapterSpec, initial_adapter
 from fedqlora.codec import decode, decode_delta, encode
 from fedqlora.config import RunConfig, validate
-from fedqlora.errors import ConfigError, ReceiptError
+from fedqlora.errors import ConfigError, LedgerError, ReceiptError
 from fedqlora.halves import Method, select_trained
 from fedqlora.privacy.receipts import Receipt, check_receipts, open_receipt, sign_receipt
 from fedqlora.verify import main as verify
@@ -124,6 +124,19 @@ def test_a_private_round_has_the_residual_beside_it_and_refuses_one_of_another_r
     assert refusal.code == "UpdateError"
     assert "rank 17, more than the 16 that the run allows" in refusal.sentence
     assert not Ledger(site.folder / "ledger.jsonl", "a", SITE).spent("all"), "nothing was trained"
+
+
+def test_two_trainers_of_one_site_cannot_both_spend_what_is_left(site: Site) -> None:
+    begin(site)
+    assert isinstance(train(site, private_config()), pb.Update)
+    path = site.folder / "ledger.jsonl"
+    one, other = Ledger(path, "a", SITE), Ledger(path, "a", SITE)
+    plan = one.newest_plan("all")
+    assert plan is not None
+    one.charge(plan, 2, 1)
+    with pytest.raises(LedgerError, match="run one trainer of this site only"):
+        other.charge(plan, 2, 1)
+    assert [spent.steps for spent in Ledger(path, "a", SITE).spent("all")] == [2, 1]
 
 
 def test_every_single_changed_field_of_a_receipt_is_found(site: Site, tmp_path: Path) -> None:
