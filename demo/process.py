@@ -6,9 +6,12 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from demo.forked import PROGRAMS, ForkedProcess, can_fork
 
 
 class ManagedProcess:
@@ -21,7 +24,8 @@ class ManagedProcess:
     def __init__(
         self,
         name: str,
-        command: Sequence[str],
+        module: str,
+        arguments: Sequence[str],
         *,
         log: Path,
         environment: Mapping[str, str],
@@ -31,26 +35,45 @@ class ManagedProcess:
 
         Args:
             name: how the federation calls it, such as `trainer-a`.
-            command: program and arguments.
+            module: the program, as `python -m` takes it.
+            arguments: its command line.
             log: file that its output is appended to.
             environment: all of its environment variables.
             folder: its working folder.
         """
         self.name = name
         self.log = log
-        self._command = list(command)
+        self._module = module
+        self._arguments = list(arguments)
         self._environment = dict(environment)
         self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | ForkedProcess | None = None
         self._ended = False  # the whole group is gone: its number may be another's by now
 
     def start(self) -> None:
         """Starts the program; what is left of an earlier start is ended first."""
         self.kill()
         self._ended = False
+        self._process = self._fork() if self.forked else self._start_anew()
+
+    @property
+    def forked(self) -> bool:
+        """Whether it is forked from a process that has loaded torch."""
+        return self._module in PROGRAMS and can_fork()
+
+    def _fork(self) -> ForkedProcess:
+        return ForkedProcess(
+            self._module,
+            self._arguments,
+            log=self.log,
+            environment=self._environment,
+            folder=self._folder,
+        )
+
+    def _start_anew(self) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(  # noqa: S603
-                self._command,
+            return subprocess.Popen(  # noqa: S603
+                [sys.executable, "-m", self._module, *self._arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -108,18 +131,22 @@ class ManagedProcess:
             return next((line.strip() for line in reversed(lines) if line.strip()), "")
         return ""
 
-    def find_members(self, word: str) -> list[int]:
-        """Process ids in its group whose command line holds `word`, such as `flwr-serverapp`."""
+    def find_members(self, program: str) -> list[int]:
+        """Process ids in its group of a program by name, such as `flwr-serverapp`."""
         found = subprocess.run(  # noqa: S603
-            ["pgrep", "-g", str(self.pid), "-f", word],  # noqa: S607
+            ["pgrep", "-g", str(self.pid), "-x", program],  # noqa: S607
             capture_output=True,
             text=True,
             check=False,
         )
-        return [int(pid) for pid in found.stdout.split() if int(pid) != os.getpid()]
+        return [int(pid) for pid in found.stdout.split()]
 
     def _signal_group(self, number: signal.Signals) -> None:
         """Signals every process of the group; an empty group is fine."""
         if self._process is not None and not self._ended:
-            with contextlib.suppress(ProcessLookupError):
+            try:
                 os.killpg(self._process.pid, number)
+            except ProcessLookupError:
+                # A moment after its fork it has no group yet.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._process.pid, number)

@@ -1,19 +1,17 @@
-"""Launcher of Flower's SuperExec: authenticated, over TLS, with a fork server for ClientApps.
+"""Launcher of Flower's SuperExec: authenticated, over TLS, with a fork server for its apps.
 
     python -m fedqlora.superexec --runtime-api runtime:9094 \
         --root-certificates run/clientapp/ca.crt --secret run/clientapp/secret
 
 A SuperExec asks a SuperLink or a SuperNode for work and starts the ServerApps or ClientApps.
-ClientApps are forked from a process that has Flower loaded (docs/adr/0006-fork-server.md); all
-else is Flower's. When the secret changes, when the certificates change and no ServerApp runs,
-and when the fork server ends, this process ends with status 75 and the supervisor starts it
-again.
+They are forked from a process that has Flower loaded (docs/adr/0006-fork-server.md); all else is
+Flower's. When the secret changes, when the certificates change and no app runs, and when the
+fork server ends, this process ends with status 75 and the supervisor starts it again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import subprocess
@@ -23,8 +21,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from fedqlora.supervised import Beat, ask_for_restart, run_supervised
+
+if TYPE_CHECKING:
+    from fedqlora.forkserver import ForkServer
 
 logger = logging.getLogger("fedqlora")
 
@@ -61,26 +63,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 class Starter:
-    """Starts apps: ClientApps out of the fork server (fedqlora/forkserver.py), others anew."""
+    """Starts apps out of the fork server (fedqlora/forkserver.py)."""
 
     def __init__(self) -> None:
-        program = Path(__file__).with_name("forkserver.py")
-        self._others: list[subprocess.Popen[bytes]] = []
+        from fedqlora.forkserver import ForkServer
+
+        self.server = ForkServer()
         self.last_start = time.monotonic()
         """When an app was started last, or this program; a monotonic clock, in seconds."""
-        self._process = subprocess.Popen(  # noqa: S603  our own file, no input of anybody
-            [sys.executable, str(program)], stdin=subprocess.PIPE, text=True
-        )
-
-    @property
-    def running(self) -> bool:
-        """Whether ClientApps can be started."""
-        return self._process.poll() is None
-
-    @property
-    def busy(self) -> bool:
-        """Whether an app runs that was not forked: a ServerApp, which would end with us."""
-        return any(process.poll() is None for process in self._others)
 
     def install(self) -> None:
         """Make Flower's executor start its commands here.
@@ -90,16 +80,9 @@ class Starter:
         """
         from flwr.supercore.superexec.executor import subprocess_executor
 
-        def start(command: list[str], **options: int) -> None:
+        def start(command: list[str], **_options: int) -> None:
             self.last_start = time.monotonic()
-            if command[0] != "flwr-clientapp":
-                self._others = [process for process in self._others if process.poll() is None]
-                started = subprocess.Popen(command, **options)  # type: ignore[call-overload]  # noqa: S603
-                self._others.append(started)
-                return
-            assert self._process.stdin is not None  # noqa: S101  a pipe was asked for
-            self._process.stdin.write(json.dumps(command) + "\n")
-            self._process.stdin.flush()
+            self.server.start(command)
 
         vars(subprocess_executor)["subprocess"] = SimpleNamespace(
             Popen=start, DEVNULL=subprocess.DEVNULL
@@ -108,15 +91,13 @@ class Starter:
 
 def run_superexec(arguments: argparse.Namespace) -> None:
     """Waits for the credentials, then runs Flower's SuperExec; does not return after that."""
+    os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    starter = Starter()  # before this process has a thread, and its logging, which an app sets up
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logger.setLevel(logging.INFO)
+    logging.getLogger("flwr").propagate = False  # it has a handler of its own
     _wait_for((arguments.root_certificates, arguments.secret))
-    os.environ |= {
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        # Flower starts its programs by bare name, also where no virtual environment is active.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-    }
-    starter = Starter()
-    watched = (arguments.root_certificates, arguments.secret, starter)
+    watched = (arguments.root_certificates, arguments.secret, starter.server)
     threading.Thread(target=_watch, args=watched, daemon=True).start()
     from flwr.supercore.cli.flower_superexec import flower_superexec
     from flwr.supercore.superexec import run_superexec as loop
@@ -148,20 +129,20 @@ def _wait_for(files: Sequence[Path]) -> None:
         time.sleep(0.2)
 
 
-def _watch(certificates: Path, secret: Path, starter: Starter) -> None:
+def _watch(certificates: Path, secret: Path, server: ForkServer) -> None:
     """Ends this process when what it started with no longer holds.
 
-    New certificates wait for the end of a ServerApp: an authority's rollover keeps the old ones
-    good for longer than a run, and a run is worth more.
+    New certificates wait for the end of an app: an authority's rollover keeps the old ones good
+    for longer than a run, and a run is worth more.
     """
 
     def read(file: Path) -> bytes:
         return file.read_bytes() if file.is_file() else b""
 
     trusted, shared = read(certificates), read(secret)
-    while starter.running:
+    while server.running:
         renewed = read(certificates) != trusted
-        if read(secret) != shared or (renewed and not starter.busy):
+        if read(secret) != shared or (renewed and not server.busy):
             ask_for_restart("The credentials have changed", logger)
         time.sleep(LOOK_SECONDS)
     ask_for_restart("The fork server has ended", logger)
@@ -169,11 +150,7 @@ def _watch(certificates: Path, secret: Path, starter: Starter) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the SuperExec; ends with status 0 after SIGTERM, otherwise with 75."""
-    options = parse_arguments(arguments)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logger.setLevel(logging.INFO)
-    logging.getLogger("flwr").propagate = False  # it has a handler of its own
-    run_superexec(options)
+    run_superexec(parse_arguments(arguments))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,9 +26,14 @@ from tests.launchers.conftest import REPOSITORY
 from tests.launchers.test_federation import read_answers, wait_for
 
 LOADED = """
-import runpy, sys
-runpy.run_path(sys.argv[1])
-print(sorted({name.partition(".")[0] for name in sys.modules}))
+import json, os, sys
+import fedqlora.superexec
+from fedqlora.forkserver import forget_own_modules
+forget_own_modules()
+sys.path.insert(0, os.getcwd())
+loaded = sorted({name.partition(".")[0] for name in sys.modules})
+import fedqlora
+print(json.dumps([loaded, fedqlora.__file__]))
 """
 POLICY = """
 [models]
@@ -38,18 +44,24 @@ digests = ["{digest}"]
 """
 
 
-def test_the_fork_server_has_loaded_flower_and_nothing_that_an_app_bundle_carries() -> None:
-    program = REPOSITORY / "fedqlora" / "forkserver.py"
+def test_the_fork_server_has_loaded_flower_and_nothing_that_an_app_bundle_carries(
+    tmp_path: Path,
+) -> None:
+    shipped = tmp_path / "fedqlora" / "__init__.py"
+    shipped.parent.mkdir()
+    shipped.touch()
     result = subprocess.run(
-        [sys.executable, "-c", LOADED, str(program)],
-        cwd="/",
+        [sys.executable, "-c", LOADED],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         check=True,
     )
-    loaded = set(json.loads(result.stdout.replace("'", '"')))
+    loaded, imported = json.loads(result.stdout)
     assert "flwr" in loaded
-    assert not loaded & {"fedqlora", "client", "server", "certs", "torch"}
+    assert not set(loaded) & {"fedqlora", "client", "server", "certs", "torch"}
+    assert imported == str(shipped)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +151,7 @@ def test_a_superexec_whose_fork_server_died_starts_again(
     federation: LocalFederation, echo_app: Path
 ) -> None:
     before = federation.process_ids()["clientapps-b"]
-    subprocess.run(["pkill", "-9", "-g", str(before), "-f", "forkserver"], check=True)
+    subprocess.run(["pkill", "-9", "-P", str(before)], check=True)
     wait_for(lambda: federation.process_ids()["clientapps-b"] != before)
     assert federation.run(echo_app, {"rounds": 1}, timeout_seconds=120).completed
 
@@ -166,5 +178,5 @@ def test_new_authorities_wait_until_the_serverapp_has_ended(
 def running(federation: LocalFederation) -> bool:
     """Whether a ServerApp is at work."""
     group = str(federation.process_ids()["serverapps"])
-    found = subprocess.run(["pgrep", "-g", group, "-f", "flwr-serverapp"], capture_output=True)
+    found = subprocess.run(["pgrep", "-g", group, "flwr-serverapp"], capture_output=True)
     return found.returncode == 0
