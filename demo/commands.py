@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,14 +85,15 @@ def _superlink(layout: Layout) -> ManagedProcess:
     arguments = ["--certs", layout.certs / "superlink", "--state", layout.scratch / "superlink"]
     addresses = ["--fleet", layout.fleet, "--control", layout.control]
     addresses += ["--metrics", layout.metrics]
-    return _describe(layout, "superlink", _module("server.superlink", *arguments, *addresses))
+    return _describe(layout, "superlink", "server.superlink", *arguments, *addresses)
 
 
 def _serverapps(layout: Layout) -> ManagedProcess:
     return _describe(
         layout,
         "serverapps",
-        _superexec(
+        "fedqlora.superexec",
+        *_superexec(
             layout.control, layout.authority, layout.scratch / "superlink" / "superexec.secret"
         ),
         FLWR_HOME=layout.scratch / "serverapps",
@@ -110,7 +110,7 @@ def _evaluator(layout: Layout, held_out: Path) -> ManagedProcess:
     folder = layout.certs / "evaluator"
     keys = ["--keys", folder]
     state = ["--state", layout.state / "evaluator", "--socket", layout.socket_of("evaluator")]
-    return _describe(layout, "evaluator", _module("server.evaluator", *arguments, *keys, *state))
+    return _describe(layout, "evaluator", "server.evaluator", *arguments, *keys, *state)
 
 
 def _trainer(layout: Layout, site: LocalSite, data: Path, threads: int) -> ManagedProcess:
@@ -125,7 +125,10 @@ def _trainer(layout: Layout, site: LocalSite, data: Path, threads: int) -> Manag
     return _describe(
         layout,
         name,
-        _module("client.trainer", *arguments, *keys, *state),
+        "client.trainer",
+        *arguments,
+        *keys,
+        *state,
         OMP_NUM_THREADS=threads,
     )
 
@@ -138,11 +141,12 @@ def _supernode(layout: Layout, site: LocalSite) -> list[ManagedProcess]:
     if site.policy is not None:
         arguments += ["--policy", site.policy.resolve()]
     return [
-        _describe(layout, name, _module("client.supernode", *arguments)),
+        _describe(layout, name, "client.supernode", *arguments),
         _describe(
             layout,
             clientapps,
-            _superexec(api, handover / "ca.crt", handover / "secret"),
+            "fedqlora.superexec",
+            *_superexec(api, handover / "ca.crt", handover / "secret"),
             FLWR_HOME=layout.scratch / clientapps,
             FEDQLORA_TRAINER_SOCKET=layout.socket_of(f"trainer-{site.name}"),
         ),
@@ -153,19 +157,14 @@ def _site_keys(layout: Layout, site: LocalSite) -> Path:
     return layout.certs / "sites" / site.name / "current"
 
 
-def _module(name: str, *arguments: object) -> list[str]:
-    """A Python module with arguments."""
-    return [sys.executable, "-m", name, *map(str, arguments)]
-
-
-def _superexec(runtime_api: str, authority: Path, secret: Path) -> list[str]:
-    """A SuperExec for one Runtime API."""
+def _superexec(runtime_api: str, authority: Path, secret: Path) -> list[object]:
+    """A SuperExec's arguments for one Runtime API."""
     credentials = ["--root-certificates", authority, "--secret", secret]
-    return _module("fedqlora.superexec", "--runtime-api", runtime_api, *credentials)
+    return ["--runtime-api", runtime_api, *credentials]
 
 
 def _describe(
-    layout: Layout, name: str, command: list[str], **environment: object
+    layout: Layout, name: str, module: str, *arguments: object, **environment: object
 ) -> ManagedProcess:
     """A process with the environment that all share, and its own variables on top."""
     shared = {
@@ -176,7 +175,8 @@ def _describe(
     }
     return ManagedProcess(
         name,
-        command,
+        module,
+        [str(argument) for argument in arguments],
         log=layout.folder / f"{name}.log",
         environment={
             **{key: value for key, value in os.environ.items() if key != "FLWR_HOME"},

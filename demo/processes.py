@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from demo.commands import Layout, LocalSite, list_processes
+from demo.forked import begin_loading
 from demo.signals import StopSignals
 from demo.supervisor import Supervisor, is_serving
 from fedqlora.address import find_free_port
@@ -259,6 +260,9 @@ class LocalFederation:
         self._processes.add(list_processes(layout, self._sites))
         for name in self._processes.names:
             self.log_file(name).unlink(missing_ok=True)
+        forked = {name for name in self._processes.names if self._processes[name].forked}
+        if forked:
+            begin_loading()
         for name in _CENTRE:
             self._processes.start([name], self._start_timeout_seconds)
         with self.control() as control:
@@ -267,6 +271,8 @@ class LocalFederation:
                 self._site_keys[site.name] = control.register(key, site.name)
         self._processes.watch()
         others = [name for name in self._processes.names if name not in _CENTRE]
+        # A fork waits until torch is loaded: what does not need it starts before.
+        others.sort(key=forked.__contains__)
         self._processes.start(others, self._start_timeout_seconds)
         self.wait_for_sites([site.name for site in self._sites], self._start_timeout_seconds)
 

@@ -41,23 +41,29 @@ def demo(home: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "demo", "--home", str(home), *arguments]
 
 
+def marked(home: Path) -> dict[str, str]:
+    """An environment that every process of a demo inherits, and none of another."""
+    return {**os.environ, "FEDQLORA_TEST": str(home)}
+
+
 def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        demo(home, *arguments), cwd=ROOT, capture_output=True, text=True, check=False
-    )
+        demo(home, *arguments), cwd=ROOT, env=marked(home), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
 
 
 def processes_of(home: Path) -> list[str]:
-    """Command lines of living processes that name a folder."""
+    """Command lines of the living processes of a demo."""
     found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and entry.name != str(os.getpid()):
+        if entry.name.isdigit():
             try:
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                environment = (entry / "environ").read_bytes().decode().split("\0")
+                if f"FEDQLORA_TEST={home}" in environment:
+                    found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
             except OSError:
                 continue
-            if str(home) in command:
-                found.append(command)
     return found
 
 
@@ -79,8 +85,8 @@ def begin(experiment: Path) -> list[str]:
 def test_an_interrupted_demo_stops_every_process_and_resumes_to_its_table(home: Path) -> None:
     command = demo(home, *begin(write_experiment(home, "real", base=NAME)))
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        command, cwd=ROOT, env=marked(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
     ) as process:  # fmt: skip
         assert process.stdout is not None
         printed = []
@@ -88,7 +94,7 @@ def test_an_interrupted_demo_stops_every_process_and_resumes_to_its_table(home: 
             printed.append(line)
             if "round 1: a, b" in line:
                 break
-        assert len(processes_of(home)) > 6, "".join(printed)
+        assert len(processes_of(home)) > 12, "".join(printed)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
     assert process.returncode == 130
