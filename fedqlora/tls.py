@@ -64,8 +64,14 @@ class Identity:
 
     @property
     def serial(self) -> str:
-        """The leaf's serial number in hex, as `openssl x509 -serial` prints it."""
-        return f"{self.leaf.serial_number:X}"
+        """The leaf's serial number; see `format_serial`."""
+        return format_serial(self.leaf)
+
+
+def format_serial(leaf: x509.Certificate) -> str:
+    """Returns a serial number in hex, as `openssl x509 -serial` prints it: whole bytes."""
+    text = f"{leaf.serial_number:X}"
+    return text.zfill(len(text) + len(text) % 2)
 
 
 def resolve_current(folder: Path) -> Path:

@@ -21,7 +21,7 @@ from certs.names import SITE_URI, list_names
 from certs.roster import encode_tls, read_roster
 from fedqlora.errors import ConfigError
 from fedqlora.keys import load_public_key
-from fedqlora.tls import read_key_file, resolve_current
+from fedqlora.tls import format_serial, read_key_file, resolve_current
 from server.state import read_node_key
 
 FILES = ("ca.crt", "crl.pem", "coordinator.pub", "roster.json", "roster.sig")
@@ -89,7 +89,7 @@ class Rules:
         except ValueError:
             return Verdict("of no name", "it shows no readable certificate")
         site = names[0].removeprefix(SITE_URI) if names else "of no name"
-        serial = f"with serial {leaf.serial_number:X}"
+        serial = f"with serial {format_serial(leaf)}"
         key = leaf.public_key()
         if not any(is_issued_by(leaf, authority) for authority in self.authorities):
             return Verdict(site, f"its certificate {serial} is from an authority not in ca.crt")

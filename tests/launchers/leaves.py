@@ -11,8 +11,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedqlora.tls import format_serial
 
-def issue(certs: Path, role: str, folder: Path, *, days: float = 30) -> str:
+
+def issue(
+    certs: Path, role: str, folder: Path, *, days: float = 30, serial: int | None = None
+) -> str:
     """Writes a new `<role>` key and certificate into `folder`; returns its serial in hex."""
     authority = {"server": "server", "client": "sites"}[role]
     issuer_key = serialization.load_pem_private_key(
@@ -31,7 +35,7 @@ def issue(certs: Path, role: str, folder: Path, *, days: float = 30) -> str:
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, role)]))
         .issuer_name(issuer.subject)
         .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
+        .serial_number(serial or x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=2))
         .not_valid_after(now + datetime.timedelta(days=days))
         .add_extension(
@@ -60,4 +64,4 @@ def issue(certs: Path, role: str, folder: Path, *, days: float = 30) -> str:
     )
     pem = serialization.Encoding.PEM
     (folder / f"{role}.crt").write_bytes(leaf.public_bytes(pem) + issuer.public_bytes(pem))
-    return f"{leaf.serial_number:X}"
+    return format_serial(leaf)

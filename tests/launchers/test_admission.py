@@ -285,9 +285,9 @@ def test_a_refusal_is_logged_once_a_minute_with_the_site_and_the_reason(
     for _ in range(3):
         assert call(channel, keys, "a") == NOT_ADMITTED
     lines = [record.message for record in caplog.records if "Refusing" in record.message]
+    serial = load_identity(keys / "sites" / "a", "client").serial
     assert lines == [
-        f"Refusing the calls of site a: its certificate with serial {serial_of(keys, 'a'):X} is "
-        "revoked."
+        f"Refusing the calls of site a: its certificate with serial {serial} is revoked."
     ]
 
 

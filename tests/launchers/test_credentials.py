@@ -14,6 +14,7 @@ import pytest
 from flwr.proto.fleet_pb2_grpc import FleetServicer, add_FleetServicer_to_server
 from flwr.supercore.grpc import create_channel, generic_create_grpc_server
 
+from certs import renewal
 from demo.processes import LocalFederation
 from fedqlora.address import split_address
 from fedqlora.credentials import (
@@ -61,6 +62,16 @@ def renew(folder: Path, certs: Path, version: str) -> str:
     (folder / "next").symlink_to(version)
     (folder / "next").rename(folder / "current")
     return serial
+
+
+@pytest.mark.parametrize(("serial", "printed"), [(0xDBD, "0DBD"), (0xADBD, "ADBD")])
+def test_a_launcher_prints_a_serial_as_the_certificates_commands_do(
+    certs: Path, tmp_path: Path, serial: int, printed: str
+) -> None:
+    shutil.copytree(certs / "sites" / "a" / "current", tmp_path / "a")
+    assert issue(certs, "client", tmp_path / "a", serial=serial) == printed
+    identity = load_identity(tmp_path / "a", "client")
+    assert identity.serial == renewal.format_serial(identity.leaf) == printed
 
 
 def test_flowers_server_demands_a_certificate_and_flowers_channel_presents_it(
