@@ -281,12 +281,13 @@ def serve(service: Service, socket: Path) -> NoReturn:
     Raises:
         ConfigError: as `listen`.
     """
-    stop = threading.Event()
+    # A handler may interrupt itself, which an event's lock does not survive: a pipe has none.
+    told, tell = os.pipe()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: os.write(tell, b"."))
     server = listen(service, socket)
     log.info("serving on %s", socket.name)
-    stop.wait()
+    os.read(told, 1)
     server.stop(grace=2).wait()
     # A thread that trains would hold an ordinary exit back until its round is over.
     logging.shutdown()
