@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -45,7 +46,10 @@ class ForkServer:
         """Forks; nothing else may run in this process yet."""
         commands, self._commands = os.pipe()
         self._ends, ends = os.pipe()
-        self._apps = 0
+        self.last_start = time.monotonic()
+        """When an app was started last, or this program; a monotonic clock, in seconds."""
+        # Counted apart: whoever starts apps and whoever asks `busy` may be two threads.
+        self._started = self._ended = 0
         self._pid = os.fork()
         if self._pid == 0:
             os.close(self._commands)
@@ -57,8 +61,9 @@ class ForkServer:
 
     def start(self, command: Sequence[str]) -> None:
         """Starts one of `PROGRAMS` with its arguments."""
+        self.last_start = time.monotonic()
+        self._started += 1
         os.write(self._commands, json.dumps(list(command)).encode() + b"\n")
-        self._apps += 1
 
     @property
     def running(self) -> bool:
@@ -69,10 +74,13 @@ class ForkServer:
 
     @property
     def busy(self) -> bool:
-        """Whether an app runs."""
+        """Whether an app runs.
+
+        Ask now and then, from one thread: the fork server waits when 65,536 ends are not read.
+        """
         with suppress(BlockingIOError):
-            self._apps -= len(os.read(self._ends, 65536))
-        return self._apps > 0
+            self._ended += len(os.read(self._ends, 65536))
+        return self._started > self._ended
 
 
 def forget_own_modules() -> None:

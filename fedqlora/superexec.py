@@ -62,52 +62,40 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-class Starter:
-    """Starts apps out of the fork server (fedqlora/forkserver.py)."""
+def _start_apps_in(server: ForkServer) -> None:
+    """Makes Flower's executor start its commands in the fork server.
 
-    def __init__(self) -> None:
-        from fedqlora.forkserver import ForkServer
+    It has no setting for that, but it calls `subprocess.Popen` through its module's own name
+    `subprocess`, which is all that is replaced.
+    """
+    from flwr.supercore.superexec.executor import subprocess_executor
 
-        self.server = ForkServer()
-        self.last_start = time.monotonic()
-        """When an app was started last, or this program; a monotonic clock, in seconds."""
-
-    def install(self) -> None:
-        """Make Flower's executor start its commands here.
-
-        It has no setting for that, but it calls `subprocess.Popen` through its module's own
-        name `subprocess`, which is all that is replaced.
-        """
-        from flwr.supercore.superexec.executor import subprocess_executor
-
-        def start(command: list[str], **_options: int) -> None:
-            self.last_start = time.monotonic()
-            self.server.start(command)
-
-        vars(subprocess_executor)["subprocess"] = SimpleNamespace(
-            Popen=start, DEVNULL=subprocess.DEVNULL
-        )
+    vars(subprocess_executor)["subprocess"] = SimpleNamespace(
+        Popen=lambda command, **_: server.start(command), DEVNULL=subprocess.DEVNULL
+    )
 
 
 def run_superexec(arguments: argparse.Namespace) -> None:
     """Waits for the credentials, then runs Flower's SuperExec; does not return after that."""
     os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-    starter = Starter()  # before this process has a thread, and its logging, which an app sets up
+    from fedqlora.forkserver import ForkServer
+
+    server = ForkServer()  # before this process has a thread, and its logging, which an app sets up
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logger.setLevel(logging.INFO)
     logging.getLogger("flwr").propagate = False  # it has a handler of its own
     _wait_for((arguments.root_certificates, arguments.secret))
-    watched = (arguments.root_certificates, arguments.secret, starter.server)
+    watched = (arguments.root_certificates, arguments.secret, server)
     threading.Thread(target=_watch, args=watched, daemon=True).start()
     from flwr.supercore.cli.flower_superexec import flower_superexec
     from flwr.supercore.superexec import run_superexec as loop
 
-    starter.install()
+    _start_apps_in(server)
     beat = Beat(arguments.beat)
 
     def pause(_seconds: float) -> None:
         beat.touch()  # the loop pauses after each answer
-        time.sleep(choose_pause(time.monotonic() - starter.last_start))
+        time.sleep(choose_pause(time.monotonic() - server.last_start))
 
     vars(loop)["time"] = SimpleNamespace(sleep=pause)
     # Flower reads its options from the command line only.
@@ -141,8 +129,8 @@ def _watch(certificates: Path, secret: Path, server: ForkServer) -> None:
 
     trusted, shared = read(certificates), read(secret)
     while server.running:
-        renewed = read(certificates) != trusted
-        if read(secret) != shared or (renewed and not server.busy):
+        idle, renewed = not server.busy, read(certificates) != trusted
+        if read(secret) != shared or (renewed and idle):
             ask_for_restart("The credentials have changed", logger)
         time.sleep(LOOK_SECONDS)
     ask_for_restart("The fork server has ended", logger)

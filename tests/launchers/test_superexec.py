@@ -35,6 +35,21 @@ loaded = sorted({name.partition(".")[0] for name in sys.modules})
 import fedqlora
 print(json.dumps([loaded, fedqlora.__file__]))
 """
+BUSY = """
+import time
+from fedqlora import forkserver
+forkserver.PROGRAMS["flwr-clientapp"] = lambda: time.sleep(0.5)
+server = forkserver.ForkServer()
+before = server.busy
+for _ in range(3):
+    server.start(["flwr-clientapp"])
+print(before, server.busy)
+deadline = time.monotonic() + 30
+while server.busy:
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+print(server.running)
+"""
 POLICY = """
 [models]
 digests = ["00"]
@@ -62,6 +77,13 @@ def test_the_fork_server_has_loaded_flower_and_nothing_that_an_app_bundle_carrie
     assert "flwr" in loaded
     assert not set(loaded) & {"fedqlora", "client", "server", "certs", "torch"}
     assert imported == str(shipped)
+
+
+def test_a_fork_server_is_busy_until_the_last_of_its_apps_has_ended() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", BUSY], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["False", "True", "True"]
 
 
 @pytest.mark.parametrize(
