@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo.process import ManagedProcess
+from demo.program import Program
 from fedqlora.address import find_free_port
 from fedqlora.errors import ConfigError
 
@@ -89,14 +90,12 @@ def _superlink(layout: Layout) -> ManagedProcess:
 
 
 def _serverapps(layout: Layout) -> ManagedProcess:
-    return _describe(
+    return _superexec(
         layout,
         "serverapps",
-        "fedqlora.superexec",
-        *_superexec(
-            layout.control, layout.authority, layout.scratch / "superlink" / "superexec.secret"
-        ),
-        FLWR_HOME=layout.scratch / "serverapps",
+        layout.control,
+        layout.authority,
+        layout.scratch / "superlink" / "superexec.secret",
         FEDQLORA_RUNS=layout.runs,
         FEDQLORA_COORDINATOR=layout.certs / "coordinator",
         FEDQLORA_EVALUATOR_SOCKET=layout.socket_of("evaluator"),
@@ -134,7 +133,7 @@ def _trainer(layout: Layout, site: LocalSite, data: Path, threads: int) -> Manag
 
 
 def _supernode(layout: Layout, site: LocalSite) -> list[ManagedProcess]:
-    name, clientapps = f"supernode-{site.name}", f"clientapps-{site.name}"
+    name = f"supernode-{site.name}"
     api, handover = f"127.0.0.1:{find_free_port()}", layout.scratch / f"handover-{site.name}"
     arguments = ["--keys", _site_keys(layout, site), "--superlink", layout.fleet]
     arguments += ["--state", layout.scratch / name, "--clientapp-api", api, "--handover", handover]
@@ -142,12 +141,12 @@ def _supernode(layout: Layout, site: LocalSite) -> list[ManagedProcess]:
         arguments += ["--policy", site.policy.resolve()]
     return [
         _describe(layout, name, "client.supernode", *arguments),
-        _describe(
+        _superexec(
             layout,
-            clientapps,
-            "fedqlora.superexec",
-            *_superexec(api, handover / "ca.crt", handover / "secret"),
-            FLWR_HOME=layout.scratch / clientapps,
+            f"clientapps-{site.name}",
+            api,
+            handover / "ca.crt",
+            handover / "secret",
             FEDQLORA_TRAINER_SOCKET=layout.socket_of(f"trainer-{site.name}"),
         ),
     ]
@@ -157,10 +156,13 @@ def _site_keys(layout: Layout, site: LocalSite) -> Path:
     return layout.certs / "sites" / site.name / "current"
 
 
-def _superexec(runtime_api: str, authority: Path, secret: Path) -> list[object]:
-    """A SuperExec's arguments for one Runtime API."""
-    credentials = ["--root-certificates", authority, "--secret", secret]
-    return ["--runtime-api", runtime_api, *credentials]
+def _superexec(
+    layout: Layout, name: str, api: str, authority: Path, secret: Path, **environment: object
+) -> ManagedProcess:
+    """A SuperExec for one Runtime API, with a home of its own for Flower."""
+    arguments = ["--runtime-api", api, "--root-certificates", authority, "--secret", secret]
+    environment["FLWR_HOME"] = layout.scratch / name
+    return _describe(layout, name, "fedqlora.superexec", *arguments, **environment)
 
 
 def _describe(
@@ -173,10 +175,9 @@ def _describe(
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
     }
-    return ManagedProcess(
-        name,
-        module,
-        [str(argument) for argument in arguments],
+    program = Program(
+        module=module,
+        arguments=[str(argument) for argument in arguments],
         log=layout.folder / f"{name}.log",
         environment={
             **{key: value for key, value in os.environ.items() if key != "FLWR_HOME"},
@@ -186,3 +187,4 @@ def _describe(
         },
         folder=REPOSITORY,
     )
+    return ManagedProcess(name, program)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
 from multiprocessing import connection, forkserver, get_context, set_start_method
 from pathlib import Path
+
+from demo.program import Program
 
 PROGRAMS = ("client.trainer", "server.evaluator")
 """Modules whose `main(arguments)` can be forked."""
@@ -40,27 +40,10 @@ def begin_loading() -> None:
 class ForkedProcess:
     """One of `PROGRAMS`, with as much of `subprocess.Popen` as its users need."""
 
-    def __init__(
-        self,
-        module: str,
-        arguments: Sequence[str],
-        *,
-        log: Path,
-        environment: Mapping[str, str],
-        folder: Path,
-    ) -> None:
-        """Starts it in a new process group.
-
-        Args:
-            module: one of `PROGRAMS`.
-            arguments: its command line.
-            log: file that its output is appended to.
-            environment: all of its environment variables.
-            folder: its working folder.
-        """
-        given = (module, list(arguments), log, dict(environment), folder)
+    def __init__(self, program: Program) -> None:
+        """Starts it in a new process group; its module is one of `PROGRAMS`."""
         # As a daemon it ends with us even where nobody stopped it.
-        self._process = _context.Process(target=_become, args=given, daemon=True)
+        self._process = _context.Process(target=_become, args=(program,), daemon=True)
         self._process.start()
         self._lock = threading.Lock()  # the status can be read once
         assert self._process.pid is not None  # noqa: S101  it was started
@@ -78,22 +61,18 @@ class ForkedProcess:
         return self.poll()
 
 
-def _become(
-    module: str, arguments: list[str], log: Path, environment: dict[str, str], folder: Path
-) -> None:
+def _become(program: Program) -> None:
     """Runs the program in this process and ends it."""
     os.setsid()
-    os.chdir(folder)
-    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    os.chdir(program.folder)
+    output = os.open(program.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.clear()
-    os.environ.update(environment)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.update(program.environment)
     # As in a process that was started anew: what libraries start is not ours to fork.
     set_start_method(None, force=True)
-    sys.argv = [module, *arguments]
-    if threads := environment.get("OMP_NUM_THREADS"):
+    if threads := program.environment.get("OMP_NUM_THREADS"):
         # OpenMP read the variable when it was loaded.
         importlib.import_module("torch").set_num_threads(int(threads))
-    sys.exit(importlib.import_module(module).main(arguments))
+    sys.exit(importlib.import_module(program.module).main(list(program.arguments)))

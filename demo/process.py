@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from demo.forked import PROGRAMS, ForkedProcess, can_fork
+from demo.program import Program
 
 
 class ManagedProcess:
@@ -21,32 +21,10 @@ class ManagedProcess:
     processes in order.
     """
 
-    def __init__(
-        self,
-        name: str,
-        module: str,
-        arguments: Sequence[str],
-        *,
-        log: Path,
-        environment: Mapping[str, str],
-        folder: Path,
-    ) -> None:
-        """Describes the program; `start` runs it.
-
-        Args:
-            name: how the federation calls it, such as `trainer-a`.
-            module: the program, as `python -m` takes it.
-            arguments: its command line.
-            log: file that its output is appended to.
-            environment: all of its environment variables.
-            folder: its working folder.
-        """
+    def __init__(self, name: str, program: Program) -> None:
+        """Names the program, such as `trainer-a`; `start` runs it."""
         self.name = name
-        self.log = log
-        self._module = module
-        self._arguments = list(arguments)
-        self._environment = dict(environment)
-        self._folder = folder
+        self._program = program
         self._process: subprocess.Popen[bytes] | ForkedProcess | None = None
         self._ended = False  # the whole group is gone: its number may be another's by now
 
@@ -54,31 +32,28 @@ class ManagedProcess:
         """Starts the program; what is left of an earlier start is ended first."""
         self.kill()
         self._ended = False
-        self._process = self._fork() if self.forked else self._start_anew()
+        self._process = ForkedProcess(self._program) if self.forked else self._start_anew()
+
+    @property
+    def log(self) -> Path:
+        """The file that its output is appended to."""
+        return self._program.log
 
     @property
     def forked(self) -> bool:
         """Whether it is forked from a process that has loaded torch."""
-        return self._module in PROGRAMS and can_fork()
-
-    def _fork(self) -> ForkedProcess:
-        return ForkedProcess(
-            self._module,
-            self._arguments,
-            log=self.log,
-            environment=self._environment,
-            folder=self._folder,
-        )
+        return self._program.module in PROGRAMS and can_fork()
 
     def _start_anew(self) -> subprocess.Popen[bytes]:
-        with self.log.open("ab") as log:
+        program = self._program
+        with program.log.open("ab") as log:
             return subprocess.Popen(  # noqa: S603
-                [sys.executable, "-m", self._module, *self._arguments],
+                [sys.executable, "-m", program.module, *program.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._environment,
-                cwd=self._folder,
+                env=program.environment,
+                cwd=program.folder,
                 start_new_session=True,
             )
 
