@@ -44,6 +44,20 @@ def test_the_digest_changes_with_what_is_shipped_and_with_nothing_else(app: Path
     assert pack(app).digest != digest
 
 
+def test_what_flower_packs_of_our_own_app_is_what_we_pack() -> None:
+    assert pack(REPOSITORY).content == build_fab_from_disk(REPOSITORY)
+
+
+def test_nothing_that_lies_elsewhere_is_shipped(app: Path) -> None:
+    before = pack(app).content
+    (app / "more").mkdir()
+    (app / "more" / "code.py").symlink_to(app / "pyproject.toml")
+    assert pack(app).content == before
+    (app / "more" / "code.py").unlink()
+    (app / "more" / "code.py").write_text("app = None\n")
+    assert pack(app).content != before
+
+
 def test_the_command_prints_the_digest_of_our_own_app() -> None:
     printed = subprocess.run(
         [sys.executable, "-m", "server", "digest"],
@@ -62,7 +76,7 @@ def test_an_app_that_cannot_be_packed_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_the_bundle_holds_exactly_those_modules_of_the_server_that_the_serverapp_loads() -> None:
-    names = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(REPOSITORY))).namelist()
+    names = zipfile.ZipFile(io.BytesIO(pack(REPOSITORY).content)).namelist()
     shipped = {name for name in names if name.startswith("server/")}
     code = (
         "import json, sys, server.app; "
