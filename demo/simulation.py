@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ _ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Without it Ray warns that a later Ray will do so: a worker without a GPU keeps its variables.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Each worker has one core, as each trainer of a demo with more sites than cores.
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -118,8 +121,11 @@ def simulate(
     os.environ.update(_ENVIRONMENT)
     from flwr.simulation import run_simulation
 
+    # Flower asks to see every deprecation; those inside torch are not for who runs this.
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
     # The ServerApp says what happens, and each site's audit log; Flower would print tracebacks.
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
+    logging.getLogger("server").setLevel(logging.INFO)
     with tempfile.TemporaryDirectory(prefix="fq-") as scratch:
         socket = Path(scratch) / "evaluator.sock"
         os.environ["FEDQLORA_RUNS"] = str(folder.path.parent.resolve())

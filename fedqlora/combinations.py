@@ -263,8 +263,8 @@ COMBINATIONS = (
     ),
     Combination(
         lambda run: run.task in run.continual.earlier,
-        "continual.task names a task that was learned before, so its scores could not be told "
-        "apart; give it another name",
+        "continual.task (without it, name) names a task that was learned before, so its scores "
+        "could not be told apart; set continual.task to another name",
     ),
     Combination(
         lambda run: run.continual.orthogonal and run.aggregation.method not in ("ffa", "fedavg"),

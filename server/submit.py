@@ -16,6 +16,7 @@ from typing import Any
 from fedqlora.config import RunConfig, load_run, read_toml
 from fedqlora.errors import CheckpointError, ConfigError, FederationError
 from fedqlora.files import write_durably
+from fedqlora.secure.ckks import load_tenseal
 from server.bundle import Bundle
 from server.checkpoint import RunFolder
 from server.control import ControlClient
@@ -121,7 +122,8 @@ def configure(experiment: Path, settings: Mapping[str, Any], registered: int) ->
         registered: number of sites in the roster.
 
     Raises:
-        ConfigError: the file is missing or not TOML, or a key or value is wrong.
+        ConfigError: the file is missing or not TOML, a key or value is wrong, or the run needs
+            what is not installed here.
     """
     section = read_toml(experiment).get("federation")
     own = {f"federation.{key}": value for key, value in dict(section or {}).items()}
@@ -129,7 +131,10 @@ def configure(experiment: Path, settings: Mapping[str, Any], registered: int) ->
     expected = own.get("federation.expected_sites", registered)
     defaults = expect_sites(expected) if isinstance(expected, int) else {}
     missing = {key: value for key, value in defaults.items() if key not in own}
-    return load_run(experiment, {**missing, **settings})
+    config = load_run(experiment, {**missing, **settings})
+    if config.homomorphic_encryption.enabled:
+        load_tenseal()
+    return config
 
 
 def start(folder: RunFolder, bundle: Bundle, connect: Connect) -> int | None:

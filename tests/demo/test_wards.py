@@ -102,6 +102,9 @@ def test_a_further_task_is_simulated_on_a_simulated_run_with_its_sites_and_machi
         "--workers", "1",
     )  # fmt: skip
     assert begun.returncode == 0, begun.stdout + begun.stderr
+    # Who waits for it sees how far it is, and nothing that only libraries' developers need.
+    assert "round 1: site b's update folded in" in begun.stderr
+    assert "Warning" not in begun.stderr
     (first,) = (tmp_path / "runs" / "simulated").glob("one-*")
     continued = demo(
         tmp_path, "continue", str(first), "--experiment", str(tmp_path / "two.toml"),

@@ -84,6 +84,21 @@ def test_a_file_that_wants_more_sites_than_there_are_is_refused(experiment: Path
         configure(experiment, {}, 2)
 
 
+def test_an_encrypted_run_is_refused_where_what_adds_it_up_is_not_installed(
+    experiment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "homomorphic_encryption.enabled": True,
+        "homomorphic_encryption.key_site": "a",
+        "aggregation.method": "ffa",
+        "federation.min_sites": 3,
+    }
+    assert configure(experiment, settings, 3).homomorphic_encryption.enabled
+    monkeypatch.setitem(sys.modules, "tenseal", None)
+    with pytest.raises(ConfigError, match="build with EXTRAS=he"):
+        configure(experiment, settings, 3)
+
+
 def test_an_unknown_experiment_names_those_that_there_are(experiment: Path) -> None:
     assert find_experiment("short", experiment.parent) == experiment
     assert find_experiment(str(experiment), Path("elsewhere")) == experiment
