@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.ledger import make_ledger
 from client.policy import Models, Policy
-from client.trainer import Trainer
+from client.worker import SiteWorker
 from fedqlora import protocol_pb2 as pb
 from fedqlora.adapter import B_PART, Adapter, AdapterSpec, FloatArray, initial_adapter
 from fedqlora.audit import AuditLog
@@ -167,7 +167,7 @@ class Sites:
         audit = AuditLog(folder / "audit.jsonl", key)
         make_ledger(name, folder, key)
         peers = {other: k.public_key() for other, k in self._keys.items() if other != name}
-        trainer = Trainer(
+        trainer = SiteWorker(
             site=name,
             data=data,
             models=self._models,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from client.peers import load_peers
 from client.policy import load_policy
-from client.trainer import Trainer
+from client.worker import SiteWorker
 from demo.simulation import SimulatedSite
 from fedqlora.audit import AuditLog
 from fedqlora.engine.service import Identity, Service
@@ -27,7 +27,7 @@ def answer(site: SimulatedSite, models: Path, envelope: bytes) -> bytes:
     identity = Identity.load(site.name, site.keys)
     audit = AuditLog(site.state / "audit.jsonl", identity.key)
     policy = load_policy(site.policy)
-    trainer = Trainer(
+    trainer = SiteWorker(
         site=site.name,
         data=site.data,
         models=models,

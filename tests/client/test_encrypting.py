@@ -26,19 +26,19 @@ from fedqlora.privacy.receipts import open_receipt
 from fedqlora.secure import ckks
 from fedqlora.secure.masks import from_bytes
 from fedqlora.secure.vector import Counts, Scale, Total, unpack, vector_length
-from tests.client import test_private, test_trainer
-from tests.client.test_trainer import SITE, Site, ask, describe, exchange, instruct, parse
+from tests.client import test_private, test_worker
+from tests.client.test_worker import SITE, Site, ask, describe, exchange, instruct, parse
 from tests.fedqlora.secure.house import signing_key
 
-site = test_trainer.site
-_opened = test_trainer._opened
+site = test_worker.site
+_opened = test_worker._opened
 NAMES = "abcd"
 KEYS = {"a": SITE, **{name: signing_key(name) for name in "bcd"}}
 POLICY = Policy(models=Models(digests=("d",)))
 
 
 def encrypted_config(key_site: str = "b", **sections: dict[str, object]) -> RunConfig:
-    return test_trainer.run_config(
+    return test_worker.run_config(
         **{
             "aggregation": {"method": "ffa"},
             "federation": {"min_sites": 3, "rounds": 2},
@@ -288,7 +288,7 @@ def test_a_trainer_encrypts_what_a_plain_one_sends_and_its_audit_log_says_for_wh
     assert (line["event"], line["encrypted_with"], line["key_site"]) == ("trained", "a,b,c,d", "b")
     opened = open_sum(here, update, train)
 
-    plain = test_trainer.run_config(
+    plain = test_worker.run_config(
         aggregation={"method": "ffa"}, codec={"update": "float32"}, federation={"rounds": 2}
     )
     train.config = plain.model_dump_json()

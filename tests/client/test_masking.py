@@ -26,12 +26,12 @@ from fedqlora.secure.masks import to_bytes
 from fedqlora.secure.participant import Participant
 from fedqlora.secure.state import Secrets
 from fedqlora.secure.vector import Counts, Scale, Total, pack, unpack, vector_length
-from tests.client import test_private, test_trainer
-from tests.client.test_trainer import SITE, Site, ask, describe, exchange, instruct, parse
+from tests.client import test_private, test_worker
+from tests.client.test_worker import SITE, Site, ask, describe, exchange, instruct, parse
 from tests.fedqlora.secure.house import signing_key
 
-site = test_trainer.site
-_opened = test_trainer._opened
+site = test_worker.site
+_opened = test_worker._opened
 MASKED = {
     "aggregation": {"method": "fedavg"},
     "federation": {"min_sites": 3, "rounds": 2},
@@ -139,7 +139,7 @@ class Round:
 
 
 def masked_config(**sections: dict[str, object]) -> RunConfig:
-    return test_trainer.run_config(**{**MASKED, **sections})
+    return test_worker.run_config(**{**MASKED, **sections})
 
 
 def last(site: Site) -> dict[str, Any]:
@@ -154,11 +154,11 @@ def test_a_masked_round_opens_to_the_delta_that_a_plain_one_sends(pinned: Site) 
     assert (update.examples, update.tokens, dict(update.metrics)) == (0, 0, {})
     total = here.finish()
 
-    plain = test_trainer.run_config(
+    plain = test_worker.run_config(
         aggregation={"method": "fedavg"}, codec={"update": "float32"}, federation={"rounds": 2}
     )
     service = pinned.service()
-    train, spec = instruct(plain, test_trainer.described(service, plain, 100))
+    train, spec = instruct(plain, test_worker.described(service, plain, 100))
     sent = ask(service, pb.TRAIN, train, 101)
     # The peers' weight is one each, and their deltas are zero.
     weight = sent.examples + 3
@@ -211,7 +211,7 @@ def test_a_private_round_is_masked_too_and_its_receipt_is_over_the_masked_bytes(
     update = here.train()
     assert isinstance(update, pb.Update), update
     receipt = open_receipt(update.receipt, {"a": SITE.public_key()})
-    assert receipt.update_digest == test_trainer.hashlib.sha256(update.masked.values).hexdigest()
+    assert receipt.update_digest == test_worker.hashlib.sha256(update.masked.values).hexdigest()
     total = here.finish()
     assert (total.examples, total.tokens, total.figures) == (0, 0, {})
     assert all(value.any() for value in total.mean.values())
@@ -328,7 +328,7 @@ def test_a_site_with_too_few_pinned_peers_refuses_before_the_run(
 def test_a_policy_that_requires_it_refuses_a_plain_run_in_every_step(pinned: Site) -> None:
     rules = SecureAggregation(required=True)
     pinned.policy = pinned.policy.model_copy(update={"secure_aggregation": rules})
-    plain = test_trainer.run_config()
+    plain = test_worker.run_config()
     _opened.clear()
     for issued, (kind, body) in enumerate(
         [

@@ -21,10 +21,10 @@ from fedqlora.errors import ConfigError, LedgerError, ReceiptError
 from fedqlora.halves import Method, select_trained
 from fedqlora.privacy.receipts import Receipt, check_receipts, open_receipt, sign_receipt
 from fedqlora.verify import main as verify
-from tests.client import test_trainer
-from tests.client.test_trainer import SITE, Site, ask, describe, exchange, instruct, parse
+from tests.client import test_worker
+from tests.client.test_worker import SITE, Site, ask, describe, exchange, instruct, parse
 
-site = test_trainer.site
+site = test_worker.site
 PROMISE = {"unit": "patient", "epsilon": 8.0, "delta": 0.01}
 KEYS = {"a": SITE.public_key()}
 
@@ -37,7 +37,7 @@ def private_config(**sections: dict[str, object]) -> RunConfig:
         "federation": {"rounds": 2},
         "privacy": PROMISE,
     }
-    return test_trainer.run_config(**{**defaults, **sections})
+    return test_worker.run_config(**{**defaults, **sections})
 
 
 def call_init(site: Site) -> int:
@@ -243,16 +243,16 @@ def test_a_cohort_without_budget_is_refused_by_rule_and_its_records_stay_closed(
     assert isinstance(train(site, private_config(federation={"rounds": 1})), pb.Update)
     config = private_config(federation={"rounds": 1})
     message = pb.Describe(config=config.model_dump_json())
-    sent = test_trainer.sign(
-        test_trainer.COORDINATOR, run="second", round_=0, site="a", kind=pb.DESCRIBE, issued=1,
+    sent = test_worker.sign(
+        test_worker.COORDINATOR, run="second", round_=0, site="a", kind=pb.DESCRIBE, issued=1,
         payload=message.SerializeToString(),
     )  # fmt: skip
     service = site.service()
-    test_trainer._opened.clear()
+    test_worker._opened.clear()
     refusal = parse(sent, service.exchange(sent))
     assert isinstance(refusal, pb.Refusal)
     assert (refusal.code, refusal.rule) == ("PolicyRefusal", "privacy.epsilon")
-    assert str(site.folder / "records.jsonl") not in test_trainer._opened
+    assert str(site.folder / "records.jsonl") not in test_worker._opened
 
 
 @pytest.mark.parametrize(
@@ -269,9 +269,9 @@ def test_a_weaker_promise_than_the_policys_is_refused_by_rule(
 ) -> None:
     privacy = Privacy(unit="patient", epsilon=9.0, delta=0.01)
     site.policy = site.policy.model_copy(update={"privacy": privacy})
-    test_trainer._opened.clear()
+    test_worker._opened.clear()
     assert refused(site, private_config(privacy=asked)).rule == rule
-    assert str(site.folder / "records.jsonl") not in test_trainer._opened
+    assert str(site.folder / "records.jsonl") not in test_worker._opened
 
 
 def test_records_without_a_patient_are_refused_under_the_patient_unit(

@@ -15,7 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from client.ledger import make_ledger
 from client.policy import Limits, Models, Policy, Privacy
-from client.trainer import Trainer
+from client.worker import SiteWorker
 from fedqlora import VERSION
 from fedqlora.adapter import Adapter, AdapterSpec, rank_of
 from fedqlora.audit import AuditLog
@@ -85,7 +85,7 @@ class Clinic:
         state.mkdir(parents=True, exist_ok=True)
         key = site_key(site)
         audit = AuditLog(state / "audit.jsonl", key)
-        trainer = Trainer(
+        trainer = SiteWorker(
             site=site,
             data=self.folder / site,
             models=self.folder / "models",

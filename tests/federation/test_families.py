@@ -9,7 +9,7 @@ import pytest
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.policy import Models, Policy
-from client.trainer import Trainer
+from client.worker import SiteWorker
 from fedqlora.adapter import Adapter, initial_adapter, rank_of
 from fedqlora.audit import AuditLog
 from fedqlora.config import LoraConfig, ModelConfig, RunConfig, validate
@@ -58,11 +58,11 @@ class Bench:
         return scores
 
 
-def make_trainer(folder: Path, site: str, model_type: str, warm: WarmModel) -> Trainer:
+def make_trainer(folder: Path, site: str, model_type: str, warm: WarmModel) -> SiteWorker:
     """A site's own trainer, on the one model that all of this process share."""
     policy = Policy(models=Models(digests=(base_digest(folder / "models" / model_type),)))
     audit = AuditLog(folder / site / "trainer-audit.jsonl", site_key(site))
-    return Trainer(
+    return SiteWorker(
         site=site,
         data=folder / "data" / site,
         models=folder / "models",

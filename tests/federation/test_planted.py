@@ -22,7 +22,7 @@ from fedqlora import protocol_pb2 as pb
 from fedqlora import protocol_pb2_grpc
 from fedqlora.engine.service import SAYABLE, Identity, Service
 from server.report import write_report
-from tests.client.test_trainer import COORDINATOR, SITE, ask, run_config
+from tests.client.test_worker import COORDINATOR, SITE, ask, run_config
 from tests.federation.conftest import SITES, Hospitals, running_hospitals
 from tests.federation.planted import MARKS, Find, encode_mark, plant, read_files, search
 

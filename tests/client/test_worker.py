@@ -14,7 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from client.policy import Limits, Metrics, Models, Policy
-from client.trainer import Trainer
+from client.worker import SiteWorker
 from fedqlora import protocol_pb2 as pb
 from fedqlora.adapter import AdapterSpec, check_update, initial_adapter, rank_of
 from fedqlora.audit import AuditLog, verify
@@ -43,7 +43,7 @@ class Site:
 
     def service(self) -> Service:
         audit = AuditLog(self.folder / "audit.jsonl", SITE)
-        trainer = Trainer(
+        trainer = SiteWorker(
             site="a",
             data=self.folder / "records.jsonl",
             models=self.folder / "models",
