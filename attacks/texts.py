@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from fedqlora.adapter import Adapter, FloatArray
-from fedqlora.config import TrainingConfig
 from fedqlora.engine.data import Record, Tokenized, tokenize
 from fedqlora.engine.dp import unit_gradients
 from fedqlora.engine.loss import compute_logits, plan_batches
 from fedqlora.engine.model import BaseModel
+from fedqlora.training_config import TrainingConfig
 
 _AT_ONCE = 64
 """Texts whose gradients are held as tensors at one time."""

@@ -23,12 +23,12 @@ import torch
 from opacus.grad_sample import GradSampleModule
 
 from benchmarks.federation import Federation, load_experiment
-from fedqlora.config import TrainingConfig
 from fedqlora.engine.data import Tokenized
 from fedqlora.engine.dp import sum_clipped
 from fedqlora.engine.loss import plan_batches, sum_losses
 from fedqlora.engine.model import BaseModel
 from fedqlora.privacy.noise import SecureNoise
+from fedqlora.training_config import TrainingConfig
 
 CLIP = 1.0
 WAYS = ("plain", "private", "single", "opacus")

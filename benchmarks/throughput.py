@@ -82,8 +82,9 @@ def _make_texts(count: int) -> list[dict[str, str]]:
 
 def _run(arguments: argparse.Namespace) -> dict[str, float]:
     """Median step of one contender: seconds and real tokens."""
-    from fedqlora.config import LoraConfig, ModelConfig
+    from fedqlora.config import ModelConfig
     from fedqlora.engine.model import BaseModel
+    from fedqlora.lora_config import LoraConfig
 
     base = BaseModel.load(arguments.model, ModelConfig(base=arguments.model.name), LoraConfig())
     texts = _make_texts((arguments.steps + arguments.warmup) * arguments.batch)
@@ -106,9 +107,9 @@ def _time_ours(
 ) -> list[tuple[float, int]]:
     """(seconds, real tokens) of each step of our engine, one step a call."""
     from fedqlora.adapter import initial_adapter
-    from fedqlora.config import TrainingConfig
     from fedqlora.engine.data import Record, tokenize
     from fedqlora.engine.train import train
+    from fedqlora.training_config import TrainingConfig
 
     records = [
         Record(messages=None, patient=str(i), fields={}, **text) for i, text in enumerate(texts)

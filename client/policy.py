@@ -12,9 +12,10 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from fedqlora.config import RunConfig, TrainingConfig, read_toml, validate
+from fedqlora.config import RunConfig, read_toml, validate
 from fedqlora.errors import PolicyRefusal
 from fedqlora.section import Section
+from fedqlora.training_config import TrainingConfig
 
 Metric = Literal["examples", "tokens", "train_loss", "validation_loss", "step_seconds"]
 """Everything about a round that may leave a site beside the update."""

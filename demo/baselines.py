@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from demo.hospitals import Hospitals
 from fedqlora.adapter import Adapter, add, initial_adapter
-from fedqlora.config import RunConfig, TrainingConfig
+from fedqlora.config import RunConfig
 from fedqlora.engine.data import Tokenized, load_records, split_records, tokenize
 from fedqlora.engine.evaluate import evaluate
 from fedqlora.engine.held_out import HeldOut, load_held_out
 from fedqlora.engine.model import BaseModel, resolve_base
 from fedqlora.engine.train import train
+from fedqlora.training_config import TrainingConfig
 from server.table import Scores
 
 

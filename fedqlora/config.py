@@ -8,7 +8,6 @@ again, so a field means one thing on both sides. A site's own rules live in `pol
 from __future__ import annotations
 
 import difflib
-import math
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,9 +19,11 @@ from fedqlora.combinations import COMBINATIONS
 from fedqlora.continual_config import ContinualConfig
 from fedqlora.errors import ConfigError
 from fedqlora.homomorphic_encryption_config import HomomorphicEncryptionConfig
+from fedqlora.lora_config import LoraConfig
 from fedqlora.section import Section
 from fedqlora.server_optimizer_config import ServerOptimizerConfig
 from fedqlora.site_privacy_config import SitePrivacyConfig
+from fedqlora.training_config import TrainingConfig
 
 
 class ModelConfig(Section):
@@ -35,76 +36,6 @@ class ModelConfig(Section):
     """`nf4`: 4-bit NormalFloat with double quantization (QLoRA, arXiv 2305.14314)."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """`auto`: bfloat16 where the device computes in it natively, float32 elsewhere."""
-
-
-class LoraConfig(Section):
-    """The trainable adapter (LoRA, arXiv 2106.09685), as PEFT defines it."""
-
-    rank: int = Field(default=8, ge=1, le=1024)
-    """Columns of B and rows of A in every target layer."""
-    alpha: float = Field(default=16.0, gt=0)
-    """The update is scaled by alpha/rank, or alpha/sqrt(rank) with rslora."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability of dropping an input of A while training."""
-    targets: Literal["auto", "all-linear"] | tuple[str, ...] = "auto"
-    """Names of the linear layers that get an adapter (suffix match). `auto`: those that suit the
-    architecture, which are all but the output head in a transformer and fewer in state-space
-    models and mixtures of experts (engine/architectures.py). `all-linear`: all but the head."""
-    rslora: bool = False
-    """Rank-stabilised scaling (arXiv 2312.03732)."""
-    dora: bool = False
-    """Weight-decomposed LoRA (arXiv 2402.09353)."""
-    mixed_ranks: bool = False
-    """Let a site whose policy allows a lower rank than `rank` train at that rank, instead of
-    refusing."""
-
-    @property
-    def scale(self) -> float:
-        """What B A is multiplied by."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-    def at_rank(self, rank: int) -> LoraConfig:
-        """The same adapter at another rank and with the same scale."""
-        if rank == self.rank:
-            return self
-        alpha = self.scale * (math.sqrt(rank) if self.rslora else rank)
-        return self.model_copy(update={"rank": rank, "alpha": alpha})
-
-
-class TrainingConfig(Section):
-    """What one site does in one round. The optimizer starts fresh each round."""
-
-    steps: int = Field(default=10, ge=1)
-    """Optimizer steps per round and site."""
-    fewer_steps: bool = False
-    """Whether a site whose policy allows fewer steps trains those, with a smaller weight, instead
-    of refusing the run."""
-    batch_examples: int = Field(default=16, ge=1)
-    """Examples per optimizer step."""
-    microbatch_tokens: int = Field(default=2048, ge=16)
-    """Largest number of tokens in one forward pass; a batch above it is accumulated."""
-    max_length: int = Field(default=512, ge=8)
-    """Longest example in tokens; the end of a longer prompt is kept, its start cut."""
-    packing: bool = True
-    """Lay examples end to end without padding where the architecture keeps them apart."""
-    learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak learning rate of AdamW."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """One schedule over all rounds of the run: a round continues where the last ended."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Linear warm-up at the start of the run, in optimizer steps."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are clipped to this norm over all trainable tensors."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
-    proximal: float = Field(default=0.0, ge=0)
-    """FedProx (arXiv 1812.06127): mu of the term mu/2 |w - w of the round's start|^2 that is added
-    to the loss, so that many local steps do not carry a site far from the others."""
-    control_variates: bool = False
-    """SCAFFOLD (arXiv 1910.06378): each step is corrected by the difference between all sites'
-    mean gradient and the site's own, of the last round that it took part in."""
 
 
 class DataConfig(Section):

@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 
 from fedqlora.adapter import Adapter, subtract
-from fedqlora.config import TrainingConfig
 from fedqlora.engine.batch import Microbatch, count_targets
 from fedqlora.engine.data import Tokenized
 from fedqlora.engine.gradients import check_gradients
@@ -41,6 +40,7 @@ from fedqlora.engine.records import NAMELESS
 from fedqlora.engine.train import Trained, learning_rate, make_optimizer, set_checkpointing
 from fedqlora.errors import DataError, PrivacyError
 from fedqlora.privacy.noise import SecureNoise
+from fedqlora.training_config import TrainingConfig
 
 logger = logging.getLogger("fedqlora")
 

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 from fedqlora.adapter import Adapter
-from fedqlora.config import TrainingConfig
 from fedqlora.engine.answers import ROUGE, compare, write_answers
 from fedqlora.engine.data import Record, Tokenized, tokenize
 from fedqlora.engine.held_out import ALL, HeldOut
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.prompts import encode_prompts
 from fedqlora.engine.scoring import Node, Search, build_trie
+from fedqlora.training_config import TrainingConfig
 
 _MAX_BATCH = 64
 

@@ -15,10 +15,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers.pytorch_utils import Conv1D
 
-from fedqlora.config import LoraConfig
 from fedqlora.engine.architectures import architecture_of
 from fedqlora.engine.pretrained import Family
 from fedqlora.errors import ModelError
+from fedqlora.lora_config import LoraConfig
 
 ADAPTER, RESIDUAL = "default", "residual"
 

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fedqlora.config import TrainingConfig
 from fedqlora.engine.batch import Microbatch, pack_rows, pad_pairs, pad_rows
 from fedqlora.engine.data import Tokenized
 from fedqlora.engine.model import BaseModel
 from fedqlora.errors import ModelError
+from fedqlora.training_config import TrainingConfig
 
 logger = logging.getLogger("fedqlora")
 

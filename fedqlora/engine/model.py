@@ -21,7 +21,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from peft.helpers import disable_input_dtype_casting
 
 from fedqlora.adapter import Adapter, AdapterSpec, check_residual, check_update, rank_of
-from fedqlora.config import LoraConfig, ModelConfig
+from fedqlora.config import ModelConfig
 from fedqlora.engine.base import base_digest, resolve_base
 from fedqlora.engine.device import choose_device
 from fedqlora.engine.lora import (
@@ -33,6 +33,7 @@ from fedqlora.engine.lora import (
     replace_residual,
 )
 from fedqlora.engine.pretrained import Family, choose_dtype, load_checkpoint
+from fedqlora.lora_config import LoraConfig
 
 __all__ = ["BaseModel", "Family", "base_digest", "resolve_base"]
 

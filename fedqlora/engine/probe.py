@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedqlora.adapter import Adapter
-from fedqlora.config import TrainingConfig
 from fedqlora.engine.evaluate import evaluate
 from fedqlora.engine.held_out import HeldOut
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.records import Record
+from fedqlora.training_config import TrainingConfig
 
 GENERAL = "general"
 """Name of its scores beside those of the held-out files."""

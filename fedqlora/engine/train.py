@@ -21,7 +21,6 @@ from bitsandbytes.optim.adamw import PagedAdamW8bit
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fedqlora.adapter import Adapter, subtract
-from fedqlora.config import TrainingConfig
 from fedqlora.engine.batch import count_targets
 from fedqlora.engine.data import Tokenized
 from fedqlora.engine.drift import Drift
@@ -31,6 +30,7 @@ from fedqlora.engine.model import BaseModel
 from fedqlora.engine.orthogonal import Orthogonal
 from fedqlora.engine.penalty import Penalty, ProductPenalty
 from fedqlora.errors import DataError, ModelError
+from fedqlora.training_config import TrainingConfig
 
 logger = logging.getLogger("fedqlora")
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from fedqlora.config import LoraConfig, ModelConfig
+from fedqlora.config import ModelConfig
 from fedqlora.engine.base import base_digest
 from fedqlora.engine.model import BaseModel
+from fedqlora.lora_config import LoraConfig
 
 
 class WarmModel:

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 from client.examples import Reader
-from fedqlora.config import LoraConfig, ModelConfig, RunConfig, validate
+from fedqlora.config import ModelConfig, RunConfig, validate
 from fedqlora.engine.model import BaseModel
+from fedqlora.lora_config import LoraConfig
 from tests.tiny_models import save_llama
 
 

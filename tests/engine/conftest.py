@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from fedqlora.adapter import Adapter, initial_adapter
-from fedqlora.config import LoraConfig, ModelConfig
+from fedqlora.config import ModelConfig
 from fedqlora.engine.data import Tokenized
 from fedqlora.engine.model import BaseModel
+from fedqlora.lora_config import LoraConfig
 from tests.tiny_models import save_llama, save_mamba, save_t5
 
 

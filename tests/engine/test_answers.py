@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedqlora.config import TrainingConfig
 from fedqlora.engine.answers import compare, write_answers
 from fedqlora.engine.data import Record, Tokenized
 from fedqlora.engine.evaluate import evaluate
 from fedqlora.engine.held_out import HeldOut
 from fedqlora.engine.model import BaseModel
+from fedqlora.training_config import TrainingConfig
 
 from .conftest import load
 from .test_evaluate import next_logits, random_adapter

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fedqlora.adapter import Adapter
-from fedqlora.config import TrainingConfig
 from fedqlora.engine.batch import Microbatch, count_targets, pack_rows, pad_pairs, pad_rows
 from fedqlora.engine.data import Tokenized
 from fedqlora.engine.loss import check_isolation, compute_logits, plan_batches, sum_losses
 from fedqlora.engine.model import BaseModel
+from fedqlora.training_config import TrainingConfig
 from tests.engine.conftest import load
 
 Start = Callable[[BaseModel], Adapter]

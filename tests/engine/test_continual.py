@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from fedqlora.adapter import A_PART, Adapter, AdapterSpec, initial_adapter
-from fedqlora.config import LoraConfig, TrainingConfig
 from fedqlora.continual import earlier_rows, freeze, orthogonal_start
 from fedqlora.engine.data import Record, Tokenized
 from fedqlora.engine.model import BaseModel
@@ -21,6 +20,8 @@ from fedqlora.engine.probe import QUESTIONS, Question, score_probe
 from fedqlora.engine.replay import draw_replay, load_earlier
 from fedqlora.engine.train import mean_loss, train
 from fedqlora.errors import DataError, UpdateError
+from fedqlora.lora_config import LoraConfig
+from fedqlora.training_config import TrainingConfig
 
 SPEC = AdapterSpec(
     shapes=(

@@ -13,7 +13,6 @@ from opacus.grad_sample import GradSampleModule
 from torch import Tensor
 
 from fedqlora.adapter import A_PART, B_PART, Adapter, norm
-from fedqlora.config import TrainingConfig
 from fedqlora.engine.data import Tokenized
 from fedqlora.engine.dp import check_exactness, sum_clipped, train_privately, unit_gradients
 from fedqlora.engine.lora import RESIDUAL, named_tensors
@@ -21,6 +20,7 @@ from fedqlora.engine.loss import plan_batches, sum_losses
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.train import set_checkpointing
 from fedqlora.errors import PrivacyError
+from fedqlora.training_config import TrainingConfig
 from tests.engine.conftest import load
 
 Start = Callable[[BaseModel], Adapter]

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from fedqlora.adapter import Adapter
-from fedqlora.config import TrainingConfig
 from fedqlora.engine.data import Record, tokenize
 from fedqlora.engine.evaluate import evaluate
 from fedqlora.engine.held_out import HeldOut, load_held_out
@@ -20,6 +19,7 @@ from fedqlora.engine.prompts import encode_prompts
 from fedqlora.engine.scoring import Search, build_trie
 from fedqlora.engine.train import mean_loss
 from fedqlora.errors import DataError
+from fedqlora.training_config import TrainingConfig
 
 from .conftest import load
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from fedqlora.adapter import Adapter, norm
-from fedqlora.config import LoraConfig, TrainingConfig
 from fedqlora.engine.architectures import ARCHITECTURES, Architecture, architecture_of
 from fedqlora.engine.data import Tokenized
 from fedqlora.engine.dp import check_exactness, unit_gradients
@@ -20,6 +19,8 @@ from fedqlora.engine.model import BaseModel
 from fedqlora.engine.prompts import encode_prompts
 from fedqlora.engine.train import mean_loss, train
 from fedqlora.errors import ModelError, PrivacyError
+from fedqlora.lora_config import LoraConfig
+from fedqlora.training_config import TrainingConfig
 from tests.engine.conftest import load
 from tests.engine.test_dp import alone, uneven, warm
 from tests.tiny_models import SETTINGS, save_tiny

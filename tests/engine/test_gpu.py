@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from fedqlora.adapter import Adapter, add, norm
-from fedqlora.config import LoraConfig, ModelConfig, TrainingConfig
+from fedqlora.config import ModelConfig
 from fedqlora.engine.architectures import ARCHITECTURES
 from fedqlora.engine.data import Tokenized
 from fedqlora.engine.dp import check_exactness, sum_clipped
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.train import mean_loss, train
+from fedqlora.lora_config import LoraConfig
+from fedqlora.training_config import TrainingConfig
 from tests.tiny_models import save_tiny
 
 pytestmark = pytest.mark.gpu

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from fedqlora.adapter import Adapter
-from fedqlora.config import LoraConfig, ModelConfig, TrainingConfig
+from fedqlora.config import ModelConfig
 from fedqlora.engine.data import Tokenized
 from fedqlora.engine.loss import plan_batches, sum_losses
 from fedqlora.engine.model import BaseModel, base_digest, resolve_base
 from fedqlora.engine.train import mean_loss
 from fedqlora.errors import ModelError, UpdateError
+from fedqlora.lora_config import LoraConfig
+from fedqlora.training_config import TrainingConfig
 from tests.engine.conftest import load
 
 Start = Callable[[BaseModel], Adapter]

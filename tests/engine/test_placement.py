@@ -13,7 +13,6 @@ import transformers
 from accelerate import dispatch_model
 
 from fedqlora.adapter import Adapter
-from fedqlora.config import LoraConfig, TrainingConfig
 from fedqlora.engine.data import Tokenized
 from fedqlora.engine.device import add_device_options, open_devices
 from fedqlora.engine.lora import add_adapter
@@ -22,6 +21,8 @@ from fedqlora.engine.placement import ROOM, place
 from fedqlora.engine.pretrained import load_checkpoint
 from fedqlora.engine.train import Trained, train
 from fedqlora.errors import ConfigError, ModelError
+from fedqlora.lora_config import LoraConfig
+from fedqlora.training_config import TrainingConfig
 from tests.engine.conftest import load
 
 GIB = 2**30

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from fedqlora.adapter import Adapter, AdapterSpec, lower_rank
-from fedqlora.config import LoraConfig, RunConfig, TrainingConfig, validate
+from fedqlora.config import RunConfig, validate
 from fedqlora.engine.data import Record, Tokenized
 from fedqlora.engine.evaluate import evaluate
 from fedqlora.engine.export import merge
@@ -21,6 +21,8 @@ from fedqlora.engine.model import BaseModel
 from fedqlora.engine.train import mean_loss, train
 from fedqlora.errors import UpdateError
 from fedqlora.halves import Method, select_trained
+from fedqlora.lora_config import LoraConfig
+from fedqlora.training_config import TrainingConfig
 from server.checkpoint import Checkpoint, Origin
 from server.peft_format import join_residual, write_adapter
 from tests.engine.conftest import load

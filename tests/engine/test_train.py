@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from fedqlora.adapter import Adapter, add, norm
-from fedqlora.config import TrainingConfig
 from fedqlora.engine.data import Tokenized
 from fedqlora.engine.gradients import check_gradients
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.train import Trained, learning_rate, mean_loss, train
 from fedqlora.errors import DataError, ModelError
+from fedqlora.training_config import TrainingConfig
 from tests.engine.conftest import load
 
 Start = Callable[[BaseModel], Adapter]

@@ -12,7 +12,7 @@ from client.policy import Models, Policy
 from client.worker import SiteWorker
 from fedqlora.adapter import Adapter, initial_adapter, rank_of
 from fedqlora.audit import AuditLog
-from fedqlora.config import LoraConfig, ModelConfig, RunConfig, validate
+from fedqlora.config import ModelConfig, RunConfig, validate
 from fedqlora.engine.architectures import ARCHITECTURES
 from fedqlora.engine.base import base_digest
 from fedqlora.engine.data import Tokenized, load_records, tokenize
@@ -23,6 +23,7 @@ from fedqlora.engine.model import BaseModel
 from fedqlora.engine.train import mean_loss
 from fedqlora.engine.warm import WarmModel
 from fedqlora.errors import ModelError
+from fedqlora.lora_config import LoraConfig
 from server.checkpoint import Checkpoint, RunFolder
 from server.metrics import Metrics
 from server.rounds import federate

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from fedqlora.combinations import COMBINATIONS
-from fedqlora.config import LoraConfig, RunConfig, load_run, validate
+from fedqlora.config import RunConfig, load_run, validate
 from fedqlora.errors import ConfigError
+from fedqlora.lora_config import LoraConfig
 
 GOOD = {"model": {"base": "tiny"}}
 
