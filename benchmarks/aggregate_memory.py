@@ -26,7 +26,7 @@ from fedqlora.envelope import sign
 from server.aggregation.aggregate import Aggregator
 from server.aggregation.exact_svd import ExactSvd
 from server.aggregation.fedavg import FedAvg
-from server.exchange import open_reply
+from server.answer import open_reply
 
 # Sixteen layers of 9760 x 9760 at rank 16: 5 million values, 20 MB of float32.
 LAYERS, WIDTH, RANK = 16, 9760, 16

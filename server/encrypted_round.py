@@ -16,8 +16,9 @@ from fedqlora.errors import FederationError, UpdateError
 from fedqlora.secure import ckks
 from fedqlora.secure.masks import from_bytes
 from server.aggregation.aggregate import Aggregate
+from server.answer import INVALID, Answer
 from server.checkpoint import Checkpoint
-from server.exchange import INVALID, Answer, Exchange
+from server.exchange import Exchange
 from server.opened_sum import OpenedSum
 from server.sites import Sites
 

@@ -18,8 +18,8 @@ from server.aggregation.collected import Collected
 from server.aggregation.control import ControlMean, select_control
 from server.aggregation.geometry import measure_norms
 from server.aggregation.method import start_aggregation
+from server.answer import INVALID, Answer
 from server.checkpoint import Checkpoint
-from server.exchange import INVALID, Answer
 from server.norms import NORMS, check_norms
 
 _CENTRE_WRITES = (

@@ -17,8 +17,8 @@ from fedqlora.secure.masks import Ring
 from fedqlora.secure.vector import Scale, unpack, vector_length
 from server.aggregation.aggregate import Aggregate
 from server.aggregation.method import start_aggregation
+from server.answer import Answer
 from server.checkpoint import Checkpoint
-from server.exchange import Answer
 from server.sites import Sites
 
 log = logging.getLogger("server")

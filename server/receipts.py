@@ -28,7 +28,8 @@ from fedqlora.config import RunConfig
 from fedqlora.errors import CheckpointError, ConfigError, ReceiptError
 from fedqlora.files import write_durably
 from fedqlora.update import read_content
-from server.exchange import INVALID, Answer, Exchange
+from server.answer import INVALID, Answer
+from server.exchange import Exchange
 
 if TYPE_CHECKING:
     from fedqlora.privacy.receipts import Receipt

@@ -15,8 +15,8 @@ from typing import Any
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from server.answer import INVALID, LATE, LOST, REFUSED
 from server.centre_log import FILE
-from server.exchange import INVALID, LATE, LOST, REFUSED
 
 
 class RunMetrics(Collector):

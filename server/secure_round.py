@@ -17,8 +17,9 @@ from fedqlora.errors import FederationError, SecureAggregationError, UpdateError
 from fedqlora.secure.collector import Collector
 from fedqlora.secure.keys import Group
 from server.aggregation.aggregate import Aggregate
+from server.answer import INVALID, Answer
 from server.checkpoint import Checkpoint
-from server.exchange import INVALID, Answer, Exchange
+from server.exchange import Exchange
 from server.opened_sum import OpenedSum
 from server.sites import Sites
 

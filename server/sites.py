@@ -19,7 +19,8 @@ from fedqlora.config import RunConfig
 from fedqlora.envelope import ANY_SITE
 from fedqlora.errors import FederationError, SecureAggregationError
 from fedqlora.secure.keys import verify_round_key
-from server.exchange import LOST, Exchange
+from server.answer import LOST
+from server.exchange import Exchange
 from server.metrics import Metrics
 from server.receipts import Receipts
 
