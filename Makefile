@@ -104,7 +104,7 @@ LIMIT ?=
 .PHONY: benchmark-model
 benchmark-model: install ## lm-evaluation-harness on the exported model (RUN=runs/... TASKS=a,b LIMIT=100, without TASKS the held-out set)
 	$(needs_run)
-	@held_out="$(or $(HELD_OUT),$(if $(TASKS),,$$($(BIN)/python -m demo held-out $(RUN))))"; \
+	@held_out="$(HELD_OUT)"; $(if $(HELD_OUT)$(TASKS),,held_out=$$($(BIN)/python -m demo held-out $(RUN)) || exit $$?;) \
 	$(BIN)/python -m server benchmark $(RUN) $${held_out:+--held-out "$$held_out"} $(if $(TASKS),--tasks $(TASKS)) $(if $(LIMIT),--limit $(LIMIT))
 
 .PHONY: report

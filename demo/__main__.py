@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
             _evaluate(options)
         elif options.command == "held-out":
             folder = RunFolder(options.run.resolve())
-            demo = folder.read_json("demo.json")
+            demo = _read_demo(folder)
             print(_hospitals(folder.config(), demo, options.home.resolve()).held_out)
         elif options.command == "continue":
             _continue(options)
@@ -110,7 +110,7 @@ def _simulate(options: argparse.Namespace) -> None:
 def _continue(options: argparse.Namespace) -> None:
     """A further task, with the sites and machines of the finished run."""
     earlier = RunFolder(options.run.resolve())
-    demo = earlier.read_json("demo.json")
+    demo = _read_demo(earlier)
     overrides: dict[str, object] = {
         "federation.expected_sites": demo["sites"],
         "evaluation.enabled": True,
@@ -143,7 +143,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     """Score a finished run on the texts of a hospital that took no part."""
     folder = RunFolder(options.run.resolve())
     home = options.home.resolve()
-    hospitals = _hospitals(folder.config(), folder.read_json("demo.json"), home)
+    hospitals = _hospitals(folder.config(), _read_demo(folder), home)
     newcomer = hospitals.data / "newcomer"
     if not newcomer.is_dir():
         raise ConfigError(
@@ -162,6 +162,21 @@ def _prepare(hospitals: Hospitals, runs: Path) -> None:
     if aside := put_aside(runs, hospitals.certs):
         print(f"audit logs of earlier keys: {os.path.relpath(aside)}", flush=True)
     hospitals.make_ledgers(runs)
+
+
+def _read_demo(folder: RunFolder) -> dict[str, Any]:
+    """What a demo knows of a run of its own.
+
+    Raises:
+        ConfigError: it is another's, as a cluster's.
+        CheckpointError: it cannot be read.
+    """
+    if not (folder.path / "demo.json").exists():
+        raise ConfigError(
+            f"{_show(folder)} has no demo.json, so the demo did not run it: name texts to score by "
+            "HELD_OUT=folder; a cluster's run is continued by `make run` with RESUME or FROM"
+        )
+    return folder.read_json("demo.json")
 
 
 def _hospitals(config: RunConfig, demo: Mapping[str, Any], home: Path) -> Hospitals:
@@ -253,7 +268,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _resume(folder: RunFolder, home: Path) -> None:
     """Start the same federation again; the ServerApp continues from the newest checkpoint."""
-    demo = folder.read_json("demo.json")
+    demo = _read_demo(folder)
     hospitals = _hospitals(folder.config(), demo, home)
     _prepare(hospitals, folder.path.parent)
     _go_on(folder, hospitals, demo)

@@ -154,6 +154,12 @@ def evaluate(options: argparse.Namespace) -> None:
 def benchmark(options: argparse.Namespace) -> None:
     """Run lm-evaluation-harness on the merged checkpoint, which is made where it is missing."""
     folder = _finished(options.run)
+    tasks = [name for name in (options.tasks or "").split(",") if name]
+    if not tasks and options.held_out is None:
+        raise ConfigError(
+            "there is nothing to score; name tasks of lm-evaluation-harness (TASKS=a,b, --tasks) "
+            "or a held-out set (HELD_OUT=folder, --held-out)"
+        )
     merged = folder.path / "merged"
     if not merged.exists():
         export(argparse.Namespace(run=options.run, models=options.models, out=None))
@@ -162,7 +168,6 @@ def benchmark(options: argparse.Namespace) -> None:
     from server.benchmark_model import benchmark_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tasks = [name for name in (options.tasks or "").split(",") if name]
     print(benchmark_model(merged, tasks, options.held_out, options.limit, device))
 
 

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from certs.site import make_all
+from demo.__main__ import main
 from demo.model import NAME
+from fedqlora.config import load_run
+from server.checkpoint import RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -159,3 +162,17 @@ def test_bad_input_is_one_sentence_before_anything_starts(
     assert sentence in result.stderr
     assert result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["resume", "evaluate", "held-out", "continue"])
+def test_a_run_of_a_cluster_is_none_of_the_demos(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder.create(tmp_path, load_run(ROOT / "experiments" / "icd10.toml"))
+    more = ["--experiment", "icd10-new-wards"] if command == "continue" else []
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["--home", str(tmp_path), command, str(folder.path), *more]) == 2
+    said = capsys.readouterr().err
+    assert "has no demo.json, so the demo did not run it" in said
+    assert said.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before

@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedqlora.engine.held_out import load_held_out
 from fedqlora.errors import ConfigError
+from server.__main__ import main
 from server.benchmark_model import benchmark_model, describe_tasks
+from server.checkpoint import RunFolder
+from tests.server.conftest import run_config
 from tests.tiny_models import save_llama
 
 OPTIONS = ["w1", "w2 w3", "w4"]
@@ -70,3 +73,13 @@ def test_a_field_of_many_options_is_no_task(held_out: Path) -> None:
 def test_an_unknown_task_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no task no-such-task"):
         benchmark_model(tmp_path, ["no-such-task"], None, None, "cpu")
+
+
+def test_nothing_to_score_is_said_before_a_checkpoint_is_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder.create(tmp_path, run_config())
+    (folder.path / "adapter").mkdir()
+    assert main(["benchmark", str(folder.path)]) == 2
+    assert "there is nothing to score; name tasks" in capsys.readouterr().err
+    assert not (folder.path / "merged").exists()
