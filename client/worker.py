@@ -134,6 +134,14 @@ class SiteWorker:
         except AuditError as error:
             log.error("%s", error)
 
+    def _begin(
+        self, header: pb.Header, config: RunConfig, body: pb.Train, base: BaseModel
+    ) -> tuple[Adapter, Adapter]:
+        """Write down that a round trains here; what it starts from."""
+        self._record("training", header, **self._allowed(header))
+        log.info("round %s of run %s: training", header.round, header.run)
+        return read_adapters(base, config, body, training_rank(self._policy, config))
+
     def _train(
         self,
         header: pb.Header,
@@ -144,9 +152,7 @@ class SiteWorker:
         data: Examples,
     ) -> pb.Update:
         """One round: score the received adapter on the validation share, then train."""
-        self._record("training", header, **self._allowed(header))
-        log.info("round %s of run %s: training", header.round, header.run)
-        adapter, residual = read_adapters(base, config, body, training_rank(self._policy, config))
+        adapter, residual = self._begin(header, config, body, base)
         held = data.validation[: config.data.validation_examples]
         before = mean_loss(base, adapter, held, config.training, residual) if held else None
         spec = trained_spec(adapter, config.aggregation.method, header.round)
@@ -214,9 +220,7 @@ class SiteWorker:
         private: PrivateRound,
     ) -> pb.Update:
         """One private round: no count, loss or time of it leaves, and it is charged first."""
-        self._record("training", header, **self._allowed(header))
-        log.info("round %s of run %s: training", header.round, header.run)
-        adapter, residual = read_adapters(base, config, body, training_rank(self._policy, config))
+        adapter, residual = self._begin(header, config, body, base)
         delta = private.train(base, adapter, residual, config, header)
         update = self._pack(header, config, body, group, delta, Counts())
         private.charge(config, header, update)

@@ -16,7 +16,7 @@ from typing import Any
 from fedqlora.config import RunConfig, load_run, read_toml
 from fedqlora.errors import CheckpointError, ConfigError, FederationError
 from fedqlora.files import write_durably
-from fedqlora.secure.ckks import load_tenseal
+from fedqlora.secure import ckks
 from server.bundle import Bundle
 from server.checkpoint import RunFolder
 from server.control import ControlClient
@@ -133,7 +133,7 @@ def configure(experiment: Path, settings: Mapping[str, Any], registered: int) ->
     missing = {key: value for key, value in defaults.items() if key not in own}
     config = load_run(experiment, {**missing, **settings})
     if config.homomorphic_encryption.enabled:
-        load_tenseal()
+        ckks.check_installed()
     return config
 
 

@@ -61,7 +61,7 @@ def check_installed() -> None:
     Raises:
         ConfigError: it cannot be imported here.
     """
-    load_tenseal()
+    _tenseal()
 
 
 def make_keys() -> KeyPair:
@@ -83,7 +83,7 @@ def encrypt(public: bytes, values: NDArray[np.int32]) -> list[bytes]:
     Raises:
         UpdateError: `public` is no such key.
     """
-    tenseal = load_tenseal()
+    tenseal = _tenseal()
     context = _load(public)
     sealed = []
     for start in range(0, values.size, SLOTS):
@@ -143,12 +143,7 @@ class CiphertextSum:
         return [bytes(one.serialize()) for one in self._total]
 
 
-def load_tenseal() -> ModuleType:
-    """TenSEAL, loaded when it is first needed.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
+def _tenseal() -> ModuleType:
     try:
         return importlib.import_module("tenseal")
     except ImportError:
@@ -159,7 +154,7 @@ def load_tenseal() -> ModuleType:
 
 
 def _make_context() -> Any:
-    tenseal = load_tenseal()
+    tenseal = _tenseal()
     return tenseal.context(
         tenseal.SCHEME_TYPE.CKKS, DEGREE, coeff_mod_bit_sizes=list(_PRIMES), n_threads=1
     )
@@ -184,7 +179,7 @@ def _keyless_context() -> Any:
 
 def _load(context: bytes) -> Any:
     try:
-        return load_tenseal().context_from(context, n_threads=1)
+        return _tenseal().context_from(context, n_threads=1)
     except (ValueError, RuntimeError):
         raise UpdateError("bytes that should be a CKKS key are none; send them again") from None
 
@@ -192,7 +187,7 @@ def _load(context: bytes) -> Any:
 def _parse(context: Any, ciphertext: bytes) -> Any:
     """One ciphertext of ours: a full vector, at our scale and level."""
     try:
-        vector = load_tenseal().ckks_vector_from(context, ciphertext)
+        vector = _tenseal().ckks_vector_from(context, ciphertext)
         fits = vector.size() == SLOTS and [one.scale for one in vector.ciphertext()] == [_SCALE]
     except (ValueError, RuntimeError):
         fits = False

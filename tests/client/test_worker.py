@@ -24,8 +24,9 @@ from fedqlora.engine.base import base_digest
 from fedqlora.engine.model import BaseModel
 from fedqlora.engine.service import Identity, Service
 from fedqlora.engine.warm import WarmModel
-from fedqlora.envelope import NO_HEAD, instruction_digest, sign, verify_reply
+from fedqlora.envelope import NO_HEAD, claimed_header, instruction_digest, sign, verify_reply
 from fedqlora.head import Head, head_path, read_head
+from server.answer import open_reply
 from tests.tiny_models import save_llama, save_t5
 
 COORDINATOR = Ed25519PrivateKey.from_private_bytes(b"c" * 32)
@@ -100,17 +101,9 @@ def exchange(
 
 
 def parse(sent: bytes, data: bytes) -> Any:
-    reply = verify_reply(data, SITE.public_key(), site="a", instruction=instruction_digest(sent))
-    bodies = {
-        pb.DESCRIPTION: pb.Description,
-        pb.UPDATE: pb.Update,
-        pb.CONFIRMATION: pb.Confirmation,
-        pb.UNMASKING: pb.Unmasking,
-        pb.WRAPPED_KEY: pb.WrappedKey,
-        pb.DECRYPTION: pb.Decryption,
-        pb.REFUSAL: pb.Refusal,
-    }
-    return bodies[reply.header.kind].FromString(reply.payload)
+    """The reply as the centre reads it."""
+    asked, digest = claimed_header(sent).kind, instruction_digest(sent)
+    return open_reply(data, SITE.public_key(), site="a", instruction=digest, asked=asked)[1]
 
 
 @pytest.fixture
